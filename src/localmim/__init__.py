@@ -1,0 +1,3 @@
+"""Masked image modelling for MindSpore, with LocalMIM first."""
+
+__version__ = "0.1.0"
