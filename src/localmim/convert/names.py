@@ -1,0 +1,73 @@
+"""One place where the authors' PyTorch names and ours meet.
+
+LayerNorm's weight and bias are gamma and beta here; the encoder, the taps' norms, the decoders and the HOG bias have a
+prefix that says which part of the method they are. Layouts are identical. The fixed Sobel kernel of `hog_enc` has no
+counterpart; the HOG biases, one tensor a scale there, are one array [scales, 2] here.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from localmim.errors import UserError
+
+_HEADS = {
+    4.0: {"up1": "0", "norm": "1", "up2": "3", "out": "4"},
+    2.0: {"up": "0", "out": "1"},
+    1.0: {"out": "0"},
+    0.5: {"out": "1"},
+}
+_HOG_BIAS = "target.hog.bias"
+_SOBEL = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.float32)
+
+
+def torch_name(name: str, scales: list[float]) -> str:
+    """The authors' name of one of our LocalMIM parameters; `scales` are the decoders' in order."""
+    head = re.match(r"decoders\.(\d+)\.pred\.(\w+)\.", name)
+    if head:
+        k = int(head[1])
+        name = name.replace(f"pred.{head[2]}.", f"pred.{_HEADS[scales[k]][head[2]]}.")
+    name = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name))
+    name = re.sub(r"^encoder\.patch_embed\.", "patch_embed.proj.", name)
+    name = re.sub(r"^encoder\.tap_norms\.", "norm.", name)
+    name = re.sub(r"^encoder\.", "", name)
+    return re.sub(r"^decoders\.", "decoder.", name)
+
+
+def from_torch(arrays: dict[str, np.ndarray], names: list[str], scales: list[float]) -> dict[str, np.ndarray]:
+    """The authors' LocalMIM state dict under our names.
+
+    Args:
+        arrays: Their names to arrays.
+        names: Our parameter names, of the model that will take them.
+        scales: The decoders' scales in order.
+
+    Returns:
+        Our names to arrays; what has no counterpart keeps its own name, so that a strict load names it.
+
+    Raises:
+        UserError: `hog_enc` does not hold the Sobel kernel.
+    """
+    theirs = {torch_name(n, scales): n for n in names if n != _HOG_BIAS}
+    ours, biases = {}, {}
+    for name, array in arrays.items():
+        hog = re.fullmatch(r"hog_enc\.(\d+)\.conv\.(weight|bias)", name)
+        if hog is None:
+            ours[theirs.get(name, name)] = array
+        elif hog[2] == "bias":
+            biases[int(hog[1])] = array
+        elif array.shape != (2, 1, 3, 3) or not np.array_equal(array[:, 0], np.stack([_SOBEL, _SOBEL.T])):
+            raise UserError(f"{name} is not the Sobel kernel that the HOG target uses")
+    if biases:
+        ours[_HOG_BIAS] = np.stack([biases[k] for k in sorted(biases)])
+    return ours
+
+
+def to_torch(arrays: dict[str, np.ndarray], scales: list[float]) -> dict[str, np.ndarray]:
+    """Our LocalMIM parameters under the authors' names; the inverse of `from_torch`, Sobel kernels included."""
+    theirs = {torch_name(n, scales): a for n, a in arrays.items() if n != _HOG_BIAS}
+    for k in range(len(scales) if _HOG_BIAS in arrays else 0):
+        theirs[f"hog_enc.{k}.conv.bias"] = arrays[_HOG_BIAS][k]
+    return theirs

@@ -1,0 +1,192 @@
+"""LocalMIM's decoder: one small transformer at each tap, then a rescaling head (Wang et al., CVPR 2023, section 3).
+
+Equal to the authors' decoder where the loss reads it, with less work:
+
+* Attention does not care about the order of tokens, so they stay as (class, visible, hidden) and only the position code
+  is gathered; nothing is put back in image order first.
+* A hidden token is the mask token plus its position code: the same L rows in every image. They pass the first block's
+  norm and projection once a batch, not once an image.
+* The last block computes rows of hidden patches only (all patches at scale 1/2, whose cells mix hidden and visible).
+* Transposed convolutions with kernel = stride are matrix products, and two linear layers in a row are one: their weights
+  are multiplied first.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from localmim.mim.cells import check_grid, quad_ids
+from localmim.models.layers import (
+    Block,
+    Gelu,
+    LayerNorm,
+    Linear,
+    Project,
+    parameter,
+    sincos_position_code,
+    take_rows,
+    token_parameter,
+    torch_default_init,
+)
+
+
+class Conv(nn.Cell):
+    """Weights of a 1x1 convolution [out, in, 1, 1] or a transposed 2x2 one [in, out, 2, 2], with PyTorch's default init.
+
+    It has no forward pass of its own: heads read the weights as matrices.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, upsample: bool = False):
+        super().__init__()
+        shape = (in_dim, out_dim, 2, 2) if upsample else (out_dim, in_dim, 1, 1)
+        init = torch_default_init(out_dim * 4 if upsample else in_dim)  # PyTorch takes dim 1 x kernel as the fan-in
+        self.weight = parameter(init, shape)
+        self.bias = parameter(init, (out_dim,))
+
+    def as_linear(self) -> tuple[Tensor, Tensor]:
+        """1x1: weight [out, in], bias [out]."""
+        return self.weight[:, :, 0, 0], self.bias
+
+    def as_quads(self) -> tuple[Tensor, Tensor]:
+        """2x2 transposed: weight [4, out, in] and bias [1, out], the four positions row-major."""
+        I, O = self.weight.shape[:2]
+        return self.weight.transpose(2, 3, 1, 0).reshape(4, O, I), self.bias.reshape(1, O)
+
+
+def after_quads(quads: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A 1x1 convolution after a transposed one, as one matrix: weight [4*out, in], bias [4*out]."""
+    (Q, b), (W, c) = quads, linear
+    weight = ops.matmul(W, Q)  # [4, out, in]
+    bias = ops.matmul(b, W.T) + c  # [1, out]
+    return weight.reshape(-1, weight.shape[-1]), ops.tile(bias.reshape(-1), (4,))
+
+
+class FineHead(nn.Cell):
+    """Scale 4: up x2, LayerNorm, GELU, up x2, 1x1. Rows [B, M, d] -> [B, M, 16*D], cells in nested order."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.up1 = Conv(dim, dim // 2, upsample=True)
+        self.norm = LayerNorm(dim // 2)
+        self.act = Gelu()
+        self.up2 = Conv(dim // 2, dim // 4, upsample=True)
+        self.out = Conv(dim // 4, out_dim)
+        self.project = Project()
+        self.compute_dtype = ms.float32
+
+    def construct(self, x: Tensor) -> Tensor:
+        B, M, d = x.shape
+        weight, bias = self.up1.as_quads()  # [4, d/2, d], [1, d/2]
+        x = self.project(x, weight.reshape(-1, d), ops.tile(bias.reshape(-1), (4,)), self.compute_dtype)  # [B, M, 4*d/2]
+        x = self.act(self.norm(x.reshape(B, M * 4, d // 2)))
+        weight, bias = after_quads(self.up2.as_quads(), self.out.as_linear())  # [4*D, d/2], [4*D]
+        return self.project(x, weight, bias, self.compute_dtype).reshape(B, M, -1)
+
+
+class DoubleHead(nn.Cell):
+    """Scale 2: up x2, 1x1. Rows [B, M, d] -> [B, M, 4*D]."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.up = Conv(dim, dim // 2, upsample=True)
+        self.out = Conv(dim // 2, out_dim)
+        self.project = Project()
+        self.compute_dtype = ms.float32
+
+    def construct(self, x: Tensor) -> Tensor:
+        weight, bias = after_quads(self.up.as_quads(), self.out.as_linear())
+        return self.project(x, weight, bias, self.compute_dtype)
+
+
+class PlainHead(nn.Cell):
+    """Scales 1 and 1/2: 1x1. Rows [B, M, d] -> [B, M, D]."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.out = Conv(dim, out_dim)
+        self.project = Project()
+        self.compute_dtype = ms.float32
+
+    def construct(self, x: Tensor) -> Tensor:
+        weight, bias = self.out.as_linear()
+        return self.project(x, weight, bias, self.compute_dtype)
+
+
+HEADS = {4.0: FineHead, 2.0: DoubleHead, 1.0: PlainHead, 0.5: PlainHead}
+
+
+class Decoder(nn.Cell):
+    """Predicts the hidden cells at one scale from one tap.
+
+    Args:
+        encoder_dim: Width of the tap.
+        grid: Patches (h, w).
+        scale: 4, 2, 1 or 0.5 cells a patch side.
+        out_dim: Values D of a cell's target.
+        dim: Width d; depth: blocks; num_heads: heads.
+
+    Raises:
+        ValueError: Scale 0.5 on an odd grid, or a depth below 1.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        grid: tuple[int, int],
+        scale: float,
+        out_dim: int,
+        dim: int = 256,
+        depth: int = 1,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        check_grid(grid, scale)
+        if depth < 1:
+            raise ValueError(f"a decoder needs at least one block, got depth {depth}")
+        self.grid, self.scale, self.dim = grid, scale, dim
+        self.embed = Linear(encoder_dim, dim)
+        self.mask_token = token_parameter(dim)
+        code = np.concatenate([np.zeros((1, dim), np.float32), sincos_position_code(dim, grid)])
+        self.pos_embed = parameter(code[None], requires_grad=False)  # [1, 1+L, d], zero for the class token
+        self.blocks = nn.CellList([Block(dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm = LayerNorm(dim)
+        self.pred = HEADS[scale](dim, out_dim)
+
+    def rows(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
+        """Normed rows before the head: hidden patches [B, M, d]; at scale 1/2 visible, then hidden ones [B, L, d]."""
+        B, K, d = ids_keep.shape[0], ids_keep.shape[1], self.dim
+        codes = self.pos_embed[0]  # [1+L, d]
+        visible = self.embed(latent)  # [B, 1+K, d]
+        place = ops.concat((ops.zeros((B, 1), ms.int32), ids_keep + 1), 1)
+        visible = visible + ops.gather(codes, place, 0)
+        table = self.mask_token[0] + codes[1:]  # [L, d], every possible hidden token
+
+        first = self.blocks[0]
+        qkv = first.project(ops.concat((visible.reshape(-1, d), table), 0))  # [B*(1+K) + L, 3d]
+        n = B * (1 + K)
+        qkv = ops.concat((qkv[:n].reshape(B, 1 + K, 3 * d), ops.gather(qkv[n:], ids_mask, 0)), 1)  # [B, 1+L, 3d]
+        hidden = ops.gather(table, ids_mask, 0)  # [B, M, d]
+        unread = 1 if self.scale < 1 else 1 + K
+        depth = len(self.blocks)
+        skip = unread if depth == 1 else 0
+        x = hidden if skip == 1 + K else ops.concat((visible[:, skip:], hidden), 1)
+        x = first.attend(x, qkv, skip)
+        for i in range(1, depth):
+            x = self.blocks[i](x, unread if i == depth - 1 else 0)
+        return self.norm(x)
+
+    def head(self, rows: Tensor, ids_restore: Tensor) -> Tensor:
+        """Rows to predictions: [B, M, s*s*D], or [B, L/4, D] at scale 1/2."""
+        if self.scale < 1:
+            B, L, d = rows.shape
+            quads = quad_ids(ids_restore, self.grid).reshape(B, L)  # four patches of a coarse cell side by side
+            rows = take_rows(rows, quads).reshape(B, L // 4, 4, d)
+            rows = (rows[:, :, 0] + rows[:, :, 1] + rows[:, :, 2] + rows[:, :, 3]) * 0.25
+        return self.pred(rows)
+
+    def construct(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor) -> Tensor:
+        """latent [B, 1+K, D_enc], class token first -> predictions as rows (see mim/cells.py)."""
+        return self.head(self.rows(latent, ids_keep, ids_mask), ids_restore)

@@ -1,0 +1,121 @@
+"""Histograms of oriented gradients as a graph-mode Cell: the target of LocalMIM and MaskFeat.
+
+Definition (Wang et al., LocalMIM, CVPR 2023, after Dalal and Triggs, CVPR 2005), for each channel of the normalised image:
+Sobel gradients on the reflect-padded image, orientation folded modulo pi into `nbins` hard bins (no interpolation),
+magnitudes averaged over each cell, L2-normalised over the bins of a cell. No block normalisation.
+
+The authors run this once a scale, with a convolution, a scatter into a per-pixel histogram and a pooling. Here the pixels
+are read once for all cell sizes: gradients by shifted differences, magnitudes summed straight into the finest cells, and
+coarser cells from those. In exact arithmetic that is the same.
+
+`bias` is not a feature of the method. The authors' larger recipes leave the convolution's random default bias switched
+on, frozen, another one for each cell size; their targets cannot be reproduced without it. Each cell size then needs its
+own gradients and bins. See docs/quirks.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+class Hog(nn.Cell):
+    """HOG of all `cells` sizes from one pass over the pixels; no gradient; float32 whatever the input.
+
+    Args:
+        cells: Cell sides in pixels, for example (4, 8, 16, 32).
+        nbins: Orientation bins over half a turn.
+        bias: [len(cells), 2] added to the horizontal and vertical gradient, stored frozen; None: no bias.
+
+    Raises:
+        ValueError: A cell or `nbins` below 1, a bias of another shape; at compile time, an image side that a cell does
+            not divide.
+    """
+
+    def __init__(self, cells: Sequence[int], nbins: int = 9, bias: np.ndarray | None = None):
+        super().__init__()
+        cells = tuple(int(c) for c in cells)
+        if not cells or min(cells) < 1 or nbins < 1:
+            raise ValueError(f"HOG needs cell sizes and nbins of at least 1, got cells {list(cells)} and nbins {nbins}")
+        self.cells, self.nbins = cells, int(nbins)
+        self.finest = reduce(math.gcd, cells)
+        self.pad = nn.ReflectionPad2d(1)
+        self.bias = None
+        if bias is not None:
+            bias = np.asarray(bias, np.float32)
+            if bias.shape != (len(cells), 2):
+                raise ValueError(f"a HOG bias has one pair a cell size, [{len(cells)}, 2], got {list(bias.shape)}")
+            self.bias = Parameter(Tensor(bias), requires_grad=False)
+
+    def construct(self, images: Tensor) -> tuple[Tensor, ...]:
+        """[B, C, H, W] -> for each cell size [B, H/cell, W/cell, C, nbins]."""
+        self.check(images.shape)
+        gx, gy = self.gradients(ops.stop_gradient(images).astype(ms.float32))
+        outputs = []
+        if self.bias is None:
+            fine = self.histogram(gx, gy, self.finest)
+            for cell in self.cells:
+                outputs.append(self.normalise(pool(fine, cell // self.finest)))
+        else:
+            for k in range(len(self.cells)):
+                sums = self.histogram(gx + self.bias[k, 0], gy + self.bias[k, 1], self.cells[k])
+                outputs.append(self.normalise(sums))
+        return tuple([ops.stop_gradient(x) for x in outputs])
+
+    def check(self, shape):
+        """Every image side must hold a whole number of cells, and the padding needs two pixels."""
+        if len(shape) != 4:
+            raise ValueError(f"HOG takes images [B, C, H, W], got {shape}")
+        if shape[2] < 2 or shape[3] < 2:
+            raise ValueError(f"HOG needs images of at least 2x2 pixels, got {shape[2]}x{shape[3]}")
+        for cell in self.cells:
+            if shape[2] % cell != 0 or shape[3] % cell != 0:
+                raise ValueError(f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG cells of {cell} px")
+
+    def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sobel differences, left minus right and top minus bottom: [B, C, H, W] -> two of the same shape."""
+        x = self.pad(x)  # [B, C, H+2, W+2]
+        rows = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]  # [B, C, H, W+2]
+        cols = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]  # [B, C, H+2, W]
+        return rows[..., :-2] - rows[..., 2:], cols[:, :, :-2] - cols[:, :, 2:]
+
+    def bins(self, gx: Tensor, gy: Tensor) -> Tensor:
+        """Orientation bin of each pixel, int32: floor(atan2(gx, gy) / pi * nbins) modulo nbins."""
+        b = ops.floor(ops.atan2(gx, gy) / math.pi * self.nbins)  # -nbins .. nbins
+        return (b - ops.floor(b / self.nbins) * self.nbins).astype(ms.int32)
+
+    def histogram(self, gx: Tensor, gy: Tensor, cell: int) -> Tensor:
+        """Mean magnitude a bin in each cell: two [B, C, H, W] -> [B, H/cell, W/cell, C, nbins]."""
+        B, C, H, W = gx.shape
+        h, w, n = H // cell, W // cell, self.nbins
+        first = Tensor(first_bin(B, C, H, W, cell, n))  # [B, C, H, W]
+        magnitude = ops.sqrt(gx * gx + gy * gy) * (1.0 / cell**2)
+        ids = (self.bins(gx, gy) + first).reshape(-1)
+        return ops.unsorted_segment_sum(magnitude.reshape(-1), ids, B * h * w * C * n).reshape(B, h, w, C, n)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """L2 norm 1 over the bins of each cell, dividing by at least 1e-12."""
+        ones = ops.ones((self.nbins, 1), ms.float32)
+        norm = ops.sqrt(ops.matmul((x * x).reshape(-1, self.nbins), ones))  # sums of the bins, as a product
+        return x / ops.maximum(norm, 1e-12).reshape(x.shape[:-1] + (1,))
+
+
+def pool(x: Tensor, r: int) -> Tensor:
+    """Mean over r x r cells: [B, h, w, C, n] -> [B, h/r, w/r, C, n]."""
+    if r == 1:
+        return x
+    B, h, w, C, n = x.shape
+    return x.reshape(B, h // r, r, w // r, r, C, n).mean(axis=(2, 4))
+
+
+def first_bin(B: int, C: int, H: int, W: int, cell: int, nbins: int) -> np.ndarray:
+    """For each pixel, where its cell's bins begin in a flat [B, H/cell, W/cell, C, nbins]; int32 [B, C, H, W]."""
+    i, j = np.arange(H) // cell, np.arange(W) // cell
+    b, c = np.arange(B)[:, None, None, None], np.arange(C)[:, None, None]
+    place = (b * (H // cell) + i[:, None]) * (W // cell) + j
+    return ((place * C + c) * nbins).astype(np.int32)

@@ -1,0 +1,85 @@
+"""Masks are data: pure functions of (seed, epoch, sample), made on the host, fed to the graph as index arrays.
+
+Nothing here depends on the batch, the number of workers or how often a run was resumed: the mask of sample 7 in epoch 3
+is the same wherever and whenever it is asked for. 1 = hidden throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """A batch's masks as index arrays, int32, of one shape for every batch.
+
+    Attributes:
+        ids_keep: [B, K] visible patches, in the order in which the encoder sees them.
+        ids_mask: [B, M] hidden patches.
+        ids_restore: [B, L] position of each patch in the concatenation of ids_keep and ids_mask.
+    """
+
+    ids_keep: np.ndarray
+    ids_mask: np.ndarray
+    ids_restore: np.ndarray
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What enters the graph, in this order: ids_keep, ids_mask, ids_restore."""
+        return self.ids_keep, self.ids_mask, self.ids_restore
+
+    def mask(self) -> np.ndarray:
+        """[B, L] float32, 1 = hidden, in image order."""
+        return (self.ids_restore >= self.ids_keep.shape[1]).astype(np.float32)
+
+
+def num_visible(num_patches: int, ratio: float) -> int:
+    """Visible patches, int(L * (1 - ratio)): truncated in floating point as the authors do (100 at 0.9 gives 9).
+
+    Raises:
+        ValueError: The ratio is outside (0, 1), or leaves nothing visible.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask.ratio must lie between 0 and 1, both excluded, got {ratio}")
+    keep = int(num_patches * (1 - ratio))
+    if keep < 1:
+        raise ValueError(f"mask.ratio {ratio} leaves none of the {num_patches} patches visible")
+    if keep == num_patches:
+        raise ValueError(f"mask.ratio {ratio} hides none of the {num_patches} patches")
+    return keep
+
+
+def mask_from_noise(noise: np.ndarray, keep: int) -> TokenMask:
+    """The MAE family's rule: the `keep` patches with the smallest noise stay, in ascending order of it. noise [B, L]."""
+    ids_shuffle = np.argsort(noise, axis=1, kind="stable").astype(np.int32)
+    return mask_from_shuffle(ids_shuffle, keep)
+
+
+def mask_from_shuffle(ids_shuffle: np.ndarray, keep: int) -> TokenMask:
+    """Masks from a permutation of the patches [B, L] whose first `keep` stay."""
+    ids_restore = np.argsort(ids_shuffle, axis=1).astype(np.int32)
+    ids_shuffle = ids_shuffle.astype(np.int32)
+    return TokenMask(ids_shuffle[:, :keep].copy(), ids_shuffle[:, keep:].copy(), ids_restore)
+
+
+class RandomMasking:
+    """Hides a share of the patches of each image at random (MAE, LocalMIM).
+
+    Args:
+        num_patches: Patches L of an image.
+        ratio: Share that is hidden.
+        seed: The run's seed.
+    """
+
+    def __init__(self, num_patches: int, ratio: float, seed: int):
+        self.num_patches, self.keep, self.seed = num_patches, num_visible(num_patches, ratio), seed
+
+    def noise(self, epoch: int, sample: int) -> np.ndarray:
+        """U[0, 1) float64 [L], a function of (seed, epoch, sample) alone."""
+        key = np.random.SeedSequence((self.seed, epoch, sample)).generate_state(2, np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).random(self.num_patches)
+
+    def __call__(self, epoch: int, samples: np.ndarray) -> TokenMask:
+        """Masks of a batch; `samples` [B] are positions in the data set."""
+        return mask_from_noise(np.stack([self.noise(epoch, int(s)) for s in samples]), self.keep)

@@ -1,0 +1,67 @@
+"""Targets: what is predicted for a cell. Each is a Cell from images to one grid of values a scale, without gradient.
+
+A target has `dims`, the number of values D of a cell at each scale, and maps [B, C, H, W] to a tuple of [B, hs, ws, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from localmim.mim.hog import Hog
+
+
+class HogTarget(nn.Cell):
+    """HOG of every channel, D = in_chans * nbins.
+
+    Args:
+        cells: Cell sides in pixels, one a scale.
+        in_chans: Image channels.
+        nbins: Orientation bins.
+        bias: Whether to draw the authors' frozen gradient bias, U(-1/3, 1/3), one pair a scale (see mim/hog.py).
+        seed: Of that draw.
+    """
+
+    def __init__(self, cells: Sequence[int], in_chans: int = 3, nbins: int = 9, bias: bool = False, seed: int = 0):
+        super().__init__()
+        values = np.random.default_rng(seed).uniform(-1 / 3, 1 / 3, (len(cells), 2)) if bias else None
+        self.hog = Hog(cells, nbins, values)
+        self.dims = [in_chans * nbins] * len(cells)
+
+    def construct(self, images: Tensor) -> tuple[Tensor, ...]:
+        grids = []
+        for x in self.hog(images):
+            grids.append(x.reshape(x.shape[:3] + (-1,)))  # [B, hs, ws, C*nbins]
+        return tuple(grids)
+
+
+class PixelTarget(nn.Cell):
+    """Pixels of each cell, ordered (row, column, channel), D = cell^2 * in_chans.
+
+    Args:
+        cells: Cell sides in pixels, one a scale.
+        in_chans: Image channels.
+        normalise: Subtract each cell's mean and divide by sqrt(variance + 1e-6), over all its values; unbiased variance.
+    """
+
+    def __init__(self, cells: Sequence[int], in_chans: int = 3, normalise: bool = True):
+        super().__init__()
+        self.cells, self.normalise = tuple(cells), normalise
+        self.dims = [c * c * in_chans for c in cells]
+
+    def construct(self, images: Tensor) -> tuple[Tensor, ...]:
+        B, C, H, W = images.shape
+        images = ops.stop_gradient(images).astype(ms.float32)
+        grids = []
+        for c in self.cells:
+            x = images.reshape(B, C, H // c, c, W // c, c).transpose(0, 2, 4, 3, 5, 1)  # [B, hs, ws, c, c, C]
+            x = x.reshape(B, H // c, W // c, c * c * C)
+            if self.normalise:
+                x = x - x.mean(axis=-1, keep_dims=True)
+                variance = (x * x).sum(axis=-1, keepdims=True) / (c * c * C - 1)
+                x = x / ops.sqrt(variance + 1e-6)
+            grids.append(ops.stop_gradient(x))
+        return tuple(grids)

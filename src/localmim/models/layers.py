@@ -1,0 +1,270 @@
+"""The layers every model is made of: Linear, LayerNorm, GELU, attention, the pre-norm block, patches, position codes.
+
+Numerics follow the authors' code (timm's block, exact GELU, LayerNorm eps 1e-6). Three things differ in form only:
+
+* GELU is x * sigmoid(x * P(x^2)) with a degree-6 P fitted to the exact function: within 6e-7 of it everywhere, where
+  float32 erf itself is within 4.5e-7. It has no `Erf`, so it is fast on CPUs and exports to every format.
+* A block can leave out its first `skip` rows, which others attend to and nobody reads.
+* Bias gradients are a product with a row of ones, which is the fast way to sum rows on a CPU.
+
+Precision: matrix products run in `compute_dtype`; LayerNorm, softmax and the residual stream stay in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Initializer, Normal, Uniform, XavierUniform, initializer
+
+
+def to_pair(value) -> tuple[int, int]:
+    """A number becomes (number, number); a pair stays: (height, width)."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2:
+            raise ValueError(f"expected one number or [height, width], got {list(value)}")
+        return int(value[0]), int(value[1])
+    return int(value), int(value)
+
+
+def parameter(init: Initializer | str | np.ndarray, shape=None, requires_grad: bool = True) -> Parameter:
+    """A float32 Parameter from an initializer and a shape, or from an array."""
+    data = Tensor(init) if isinstance(init, np.ndarray) else initializer(init, shape, ms.float32).init_data()
+    return Parameter(data, requires_grad=requires_grad)
+
+
+def torch_default_init(fan_in: int) -> Uniform:
+    """PyTorch's default for convolutions and their biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    return Uniform(1 / math.sqrt(fan_in))
+
+
+class Linear(nn.Cell):
+    """y = x W^T + b with W [out, in], Xavier-uniform W and zero b."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = parameter(XavierUniform(), (out_features, in_features))
+        self.bias = parameter("zeros", (out_features,))
+        self.compute_dtype = ms.float32
+        self.project = Project()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.project(x, self.weight, self.bias, self.compute_dtype)
+
+
+class Project(nn.Cell):
+    """y = x W^T + b for a weight that is handed in (a slice or a product of parameters)."""
+
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.add_bias = AddBias()
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor, dtype) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.matmul(rows.astype(dtype), weight.astype(dtype))
+        y = self.add_bias(y, bias.astype(dtype))
+        return y.reshape(x.shape[:-1] + (weight.shape[0],))
+
+
+class AddBias(nn.Cell):
+    """x + b over rows; the gradient of b is a row of ones times the gradient of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.add = ops.BiasAdd()
+        self.matmul = ops.MatMul()
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        """[n, D], [D] -> [n, D]."""
+        return self.add(x, bias)
+
+    def bprop(self, x, bias, out, dout):
+        ones = ops.ones((1, dout.shape[0]), dout.dtype)
+        return dout, self.matmul(ones, dout).reshape(bias.shape)
+
+
+class LayerNorm(nn.Cell):
+    """LayerNorm over the last axis in float32; weight 1 and bias 0 at the start."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.gamma = parameter("ones", (dim,))
+        self.beta = parameter("zeros", (dim,))
+        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], float32."""
+        return self.norm(x.astype(ms.float32), self.gamma, self.beta)[0]
+
+
+# Phi(x) = sigmoid(x * P(x^2)): P fitted by minimax on the error of GELU over |x| < 6.2. The leading coefficient is
+# positive, so the sigmoid saturates the right way for every larger |x|.
+_PHI = (3.61876726e-09, -2.67295768e-07, 7.94625892e-06, -1.10556094e-04, -6.59089978e-05, 7.26678224e-02, 1.595768984)
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+
+
+class _GeluAndPhi(nn.Cell):
+    """GELU and the normal distribution function it used, which the backward pass reads again."""
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = x * x
+        p = z * _PHI[0] + _PHI[1]
+        p = p * z + _PHI[2]
+        p = p * z + _PHI[3]
+        p = p * z + _PHI[4]
+        p = p * z + _PHI[5]
+        p = p * z + _PHI[6]
+        phi = ops.sigmoid(p * x)
+        return x * phi, phi
+
+    def bprop(self, x, out, dout):
+        density = ops.exp(x * x * -0.5) * _INV_SQRT_2PI
+        return (dout[0] * (out[1] + x * density),)
+
+
+class Gelu(nn.Cell):
+    """Exact GELU, x * Phi(x); see the module's docstring. float16 input is computed in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.core = _GeluAndPhi()
+
+    def construct(self, x: Tensor) -> Tensor:
+        y, _ = self.core(x.astype(ms.float32))
+        return y.astype(x.dtype)
+
+
+class Mlp(nn.Cell):
+    """Linear D -> 4D, GELU, Linear 4D -> D."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = Gelu()
+        self.fc2 = Linear(hidden, dim)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Attention(nn.Cell):
+    """Multi-head attention with one fused projection `qkv` (q, then k, then v along its rows), which the caller applies."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+
+    def construct(self, qkv: Tensor, skip: int = 0) -> Tensor:
+        """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D]: no output for the first `skip`."""
+        B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        Q, nh = N - skip, self.num_heads
+        q = (qkv[:, skip:, :D] * self.scale).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
+        k = qkv[..., D : 2 * D].reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
+        v = qkv[..., 2 * D :].reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
+        weights = self.softmax(self.scores(q, k).astype(ms.float32)).astype(v.dtype)  # [B, nh, Q, N]
+        return self.proj(self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D))
+
+
+class Block(nn.Cell):
+    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Normed queries, keys and values of rows, before they attend: [..., D] -> [..., 3D]."""
+        return self.attn.qkv(self.norm1(x))
+
+    def attend(self, x: Tensor, qkv: Tensor, skip: int = 0) -> Tensor:
+        """The block of rows whose `project` is known: x [B, N - skip, D], qkv [B, N, 3D] -> [B, N - skip, D]."""
+        x = x + self.attn(qkv, skip)
+        return x + self.mlp(self.norm2(x))
+
+    def construct(self, x: Tensor, skip: int = 0) -> Tensor:
+        """[B, N, D] -> [B, N - skip, D]: the first `skip` rows are attended to, but not computed."""
+        return self.attend(x[:, skip:], self.project(x), skip)
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[B, C, H, W] -> [B, h*w, C*ph*pw]: row-major patches, values in a convolution kernel's order."""
+    B, C, H, W = images.shape
+    ph, pw = patch
+    x = images.reshape(B, C, H // ph, ph, W // pw, pw).transpose(0, 2, 4, 1, 3, 5)  # [B, h, w, C, ph, pw]
+    return x.reshape(B, (H // ph) * (W // pw), C * ph * pw)
+
+
+def take_rows(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows of each sample: x [B, N, D], ids [B, K] int32 -> [B, K, D]."""
+    B, N, D = x.shape
+    offsets = Tensor(np.arange(B, dtype=np.int32).reshape(B, 1) * N)
+    return ops.gather(x.reshape(B * N, D), ids + offsets, 0)
+
+
+class PatchEmbed(nn.Cell):
+    """Patch embedding of the patches that are asked for: a convolution with kernel = stride, as a product."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int):
+        super().__init__()
+        fan_in = in_chans * patch_size**2
+        self.patch = (patch_size, patch_size)
+        xavier = math.sqrt(6 / (fan_in + dim))
+        self.weight = parameter(Uniform(xavier), (dim, in_chans, patch_size, patch_size))
+        self.bias = parameter(torch_default_init(fan_in), (dim,))
+        self.compute_dtype = ms.float32
+        self.project = Project()
+
+    def construct(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """images [B, C, H, W], ids_keep [B, K] -> [B, K, D]; all patches in row-major order without ids_keep."""
+        x = patchify(images, self.patch)
+        if ids_keep is not None:
+            x = take_rows(x, ids_keep)
+        return self.project(x, self.weight.reshape(self.weight.shape[0], -1), self.bias, self.compute_dtype)
+
+
+def sincos_position_code(dim: int, grid: tuple[int, int]) -> np.ndarray:
+    """Fixed sine-cosine code of a grid: float32 [h*w, dim], computed in float64.
+
+    With w_m = 10000^(-m / (dim/4)) a row holds sin(j w), cos(j w), sin(i w), cos(i w): the column j fills the first
+    half, the row i the second (MAE's order, though its variable names say the opposite).
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a sine-cosine position code needs a width that is a multiple of 4, got {dim}")
+    h, w = grid
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    i, j = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    angles = [np.outer(c.reshape(-1), omega) for c in (j, i)]  # each [h*w, dim/4]
+    parts = [f(a) for a in angles for f in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def token_parameter(dim: int) -> Parameter:
+    """A learned token [1, 1, D], N(0, 0.02)."""
+    return parameter(Normal(0.02), (1, 1, dim))
+
+
+def set_compute_dtype(model: nn.Cell, dtype) -> nn.Cell:
+    """Run the matrix products of `model` in `dtype`; parameters stay float32."""
+    for _, cell in model.cells_and_names():
+        if hasattr(cell, "compute_dtype"):
+            cell.compute_dtype = dtype
+    return model

@@ -1,0 +1,44 @@
+"""Names to models: create_model and list_models, in timm's naming; mindcv's registry shows the same names."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from typing import Callable
+
+from localmim.errors import UserError
+
+_MODELS: dict[str, Callable] = {}
+
+
+def register(factory: Callable) -> Callable:
+    """Decorator: makes `factory(**kwargs)` known under its own name, here and in mindcv."""
+    from mindcv.models.registry import register_model
+
+    _MODELS[factory.__name__] = factory
+    return register_model(factory)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Registered names that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def create_model(name: str, **kwargs):
+    """A registered model by name; keyword arguments replace its own.
+
+    Raises:
+        UserError: Unknown name or argument, or sizes that do not fit together.
+    """
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, _MODELS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(list_models())}"
+        raise UserError(f"there is no model {name!r}: {hint}")
+    try:
+        return _MODELS[name](**kwargs)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"model {name}: {str(error).split('()')[-1].strip()}") from error

@@ -1,0 +1,96 @@
+"""The vision transformer encoder, one class for pre-training (visible tokens, taps) and downstream (all tokens).
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021), with MAE's fixed sine-cosine position code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from localmim.models.layers import (
+    Block,
+    LayerNorm,
+    PatchEmbed,
+    parameter,
+    sincos_position_code,
+    to_pair,
+    token_parameter,
+)
+
+
+class VisionTransformer(nn.Cell):
+    """ViT encoder with a class token and taps.
+
+    Args:
+        image_size: Pixels, one number or (height, width); each a multiple of `patch_size`.
+        patch_size: Pixels.
+        in_chans: Image channels.
+        embed_dim: Width D.
+        depth: Blocks.
+        num_heads: Attention heads.
+        taps: Blocks (from 0) whose outputs are read; each has its own LayerNorm.
+
+    Raises:
+        ValueError: Sizes that do not divide, or a tap outside the depth.
+    """
+
+    def __init__(
+        self,
+        image_size=224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        taps: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        H, W = to_pair(image_size)
+        if H % patch_size or W % patch_size:
+            raise ValueError(f"image_size {H}x{W} is not a multiple of patch_size {patch_size}")
+        if list(taps) != sorted(set(taps)) or any(not 0 <= t < depth for t in taps):
+            raise ValueError(f"taps {list(taps)} must be ascending block indices from 0 to {depth - 1}")
+        self.image_size, self.patch_size, self.in_chans = (H, W), patch_size, in_chans
+        self.grid = (H // patch_size, W // patch_size)
+        self.embed_dim, self.depth, self.taps = embed_dim, depth, tuple(taps)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = token_parameter(embed_dim)
+        code = np.concatenate([np.zeros((1, embed_dim), np.float32), sincos_position_code(embed_dim, self.grid)])
+        self.pos_embed = parameter(code[None], requires_grad=False)  # [1, 1+L, D], zero for the class token
+        self.blocks = nn.CellList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.tap_norms = nn.CellList([LayerNorm(embed_dim) for _ in taps])
+
+    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """images [B, C, H, W], ids_keep [B, K] -> tokens with position code [B, 1+K, D], class token first."""
+        x = self.patch_embed(images, ids_keep)  # [B, K, D]
+        codes = self.pos_embed[0, 1:]  # [L, D]
+        x = x + (codes if ids_keep is None else ops.gather(codes, ids_keep, 0))
+        first = self.cls_token + self.pos_embed[:, :1]  # [1, 1, D]
+        return ops.concat((first.broadcast_to((x.shape[0], 1, self.embed_dim)), x), 1)
+
+    def construct(self, images: Tensor, ids_keep: Tensor | None = None) -> list[Tensor]:
+        """Normed tokens at each tap, class token first: a list of [B, 1+K, D]. Blocks above the last tap do not run."""
+        x = self.embed(images, ids_keep)
+        latents = []
+        for i in range(self.taps[-1] + 1):
+            x = self.blocks[i](x)
+            if i in self.taps:
+                latents.append(self.tap_norms[len(latents)](x))
+        return latents
+
+    def block_outputs(self, images: Tensor, ids_keep: Tensor | None = None) -> list[Tensor]:
+        """The un-normed output of every block, a list of `depth` tensors [B, 1+K, D]."""
+        x = self.embed(images, ids_keep)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+    def features(self, images: Tensor) -> Tensor:
+        """Mean of the last block's patch tokens, all patches visible: [B, C, H, W] -> [B, D]."""
+        return self.block_outputs(images)[-1][:, 1:].mean(axis=1)
+
+
