@@ -7,8 +7,15 @@ Nothing is parsed at import.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Optional, Union
+
+import yaml
+
+from localmim.errors import UserError
 
 
 @dataclass
@@ -90,13 +97,14 @@ class Config:
     """A recipe: everything that decides what a run computes."""
 
     task: Literal["pretrain"] = "pretrain"
-    output_dir: str = "outputs/run"
+    output_dir: str = "outputs/run"  # checkpoints and logs; the same command goes on from what is there
     seed: int = 0
     device: Literal["auto", "CPU", "GPU", "Ascend"] = "auto"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     epochs: int = 100
     batch_size: int = 256  # images a device and a forward pass
     accumulate: int = 1  # forward passes an optimizer step
+    max_steps: Optional[int] = None  # stop early, after this many optimizer steps; the schedule does not change
     max_bad_steps: int = 20  # stop after this many non-finite steps in a row
     log_every: int = 10  # steps
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -107,5 +115,153 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def as_dict(self) -> dict:
-        """Plain nested dict, ready for YAML or JSON."""
-        return dataclasses.asdict(self)
+        """Plain nested dict, ready for YAML or JSON: tuples are lists."""
+        return dataclasses.asdict(self, dict_factory=_plain_dict)
+
+
+def _plain_dict(items: list) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+
+
+def load_config(argv: list[str]) -> Config:
+    """`--config FILE` and dotted overrides, for example `--optimizer.blr 1e-4 --model.scales [1]`.
+
+    Raises:
+        UserError: An unknown key (with the near one), a wrong type, a missing file; a value outside its range.
+    """
+    path, overrides = None, []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: expected --config FILE and --key value")
+        if not equals:
+            if not rest:
+                raise UserError(f"{name} has no value: expected {name} VALUE")
+            value = rest.pop(0)
+        if name == "--config":
+            path = value
+        else:
+            _check_key(name[2:].split("."), Config, name)
+            overrides.append(f"{name}={value}")
+    if path is None:
+        raise UserError("no recipe: expected --config FILE.yaml, for example config/demo/localmim_vit.yaml")
+    return _typed(read_recipe(Path(path)), overrides)
+
+
+def config_from_dict(values: dict) -> Config:
+    """The config that `Config.as_dict` gave, for example out of a checkpoint.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    return _typed(values, [])
+
+
+def read_recipe(path: Path) -> dict:
+    """A YAML recipe as a nested dict, laid over the recipe that its `base` names, if any.
+
+    Raises:
+        UserError: The file is missing, is no YAML mapping, has an unknown key, or is its own base.
+    """
+    return _read_recipe(path.resolve(), [])
+
+
+def _read_recipe(path: Path, above: list[Path]) -> dict:
+    if path in above:
+        raise UserError(f"{path}: its `base` leads back to itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a recipe: expected a mapping of keys to values")
+    base = values.pop("base", None)
+    _check_tree(values, Config, str(path), [])
+    if base is None:
+        return values
+    return _merged(_read_recipe((path.parent / str(base)).resolve(), [*above, path]), values)
+
+
+def _merged(below: dict, above: dict) -> dict:
+    """`above` laid over `below`, mapping by mapping."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _typed(values: dict, overrides: list[str]) -> Config:
+    """The nested dict, then the overrides, checked and converted by jsonargparse."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    _check_tree(values, Config, "config", [])
+    try:
+        parsed = parser.parse_object(values)
+        parser.set_defaults(parsed.as_flat().__dict__ if overrides else {})
+        config = parser.instantiate(parser.parse_args(overrides) if overrides else parsed)
+    except (ArgumentError, TypeError) as error:
+        raise UserError(" ".join(str(error).replace("Parser key", "config key").split())) from error
+    config = Config(**vars(config)) if not isinstance(config, Config) else config
+    check_ranges(config)
+    return config
+
+
+def check_ranges(config: Config) -> None:
+    """What a type cannot say.
+
+    Raises:
+        UserError: One line that names the first value outside its range.
+    """
+    ratio = config.mask.ratio
+    if not 0 < ratio < 1:
+        raise UserError(f"mask.ratio is {ratio:g}, expected a share between 0 and 1, both excluded")
+    for key, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("max_bad_steps", 1), ("log_every", 1)):
+        if getattr(config, key) < least:
+            raise UserError(f"{key} is {getattr(config, key)}, expected at least {least}")
+    if config.checkpoint.keep < 1:
+        raise UserError(f"checkpoint.keep is {config.checkpoint.keep}, expected at least 1")
+    if config.checkpoint.every_steps < 0 or config.checkpoint.every_epochs < 0:
+        raise UserError("checkpoint.every_steps and checkpoint.every_epochs cannot be negative")
+    if not all(0 <= b < 1 for b in config.optimizer.betas):
+        raise UserError(f"optimizer.betas is {list(config.optimizer.betas)}, expected two values in [0, 1)")
+    if config.optimizer.clip_grad is not None and config.optimizer.clip_grad <= 0:
+        raise UserError(f"optimizer.clip_grad is {config.optimizer.clip_grad:g}, expected more than 0, or null")
+
+
+def _fields(cls: type) -> dict[str, type]:
+    return typing.get_type_hints(cls)
+
+
+def _check_key(parts: list[str], cls: type, shown: str) -> None:
+    """UserError when the dotted key does not exist below `cls`."""
+    known = _fields(cls)
+    if parts[0] not in known:
+        near = difflib.get_close_matches(parts[0], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        raise UserError(f"unknown key {shown!r}: {hint}")
+    if len(parts) > 1:
+        if not dataclasses.is_dataclass(known[parts[0]]):
+            raise UserError(f"unknown key {shown!r}: {parts[0]!r} has no keys below it")
+        _check_key(parts[1:], known[parts[0]], shown)
+
+
+def _check_tree(values: dict, cls: type, where: str, above: list[str]) -> None:
+    """UserError for the first key of a nested dict that `cls` does not have."""
+    known = _fields(cls)
+    for key, value in values.items():
+        path = [*above, str(key)]
+        try:
+            _check_key([str(key)], cls, ".".join(path))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if dataclasses.is_dataclass(known[str(key)]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {'.'.join(path)} is {value!r}, expected a mapping of keys to values")
+            _check_tree(value, known[str(key)], where, path)

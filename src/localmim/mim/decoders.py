@@ -29,6 +29,7 @@ from localmim.models.layers import (
     take_rows,
     token_parameter,
     torch_default_init,
+    without_first,
 )
 
 
@@ -172,7 +173,7 @@ class Decoder(nn.Cell):
         unread = 1 if self.scale < 1 else 1 + K
         depth = len(self.blocks)
         skip = unread if depth == 1 else 0
-        x = hidden if skip == 1 + K else ops.concat((visible[:, skip:], hidden), 1)
+        x = hidden if skip == 1 + K else ops.concat((without_first(visible, skip), hidden), 1)
         x = first.attend(x, qkv, skip)
         for i in range(1, depth):
             x = self.blocks[i](x, unread if i == depth - 1 else 0)

@@ -42,7 +42,7 @@ class Hog(nn.Cell):
         cells = tuple(int(c) for c in cells)
         if not cells or min(cells) < 1 or nbins < 1:
             raise ValueError(f"HOG needs cell sizes and nbins of at least 1, got cells {list(cells)} and nbins {nbins}")
-        self.cells, self.nbins = cells, int(nbins)
+        self.cell_sizes, self.nbins = cells, int(nbins)
         self.finest = reduce(math.gcd, cells)
         self.pad = nn.ReflectionPad2d(1)
         self.bias = None
@@ -59,11 +59,11 @@ class Hog(nn.Cell):
         outputs = []
         if self.bias is None:
             fine = self.histogram(gx, gy, self.finest)
-            for cell in self.cells:
+            for cell in self.cell_sizes:
                 outputs.append(self.normalise(pool(fine, cell // self.finest)))
         else:
-            for k in range(len(self.cells)):
-                sums = self.histogram(gx + self.bias[k, 0], gy + self.bias[k, 1], self.cells[k])
+            for k in range(len(self.cell_sizes)):
+                sums = self.histogram(gx + self.bias[k, 0], gy + self.bias[k, 1], self.cell_sizes[k])
                 outputs.append(self.normalise(sums))
         return tuple([ops.stop_gradient(x) for x in outputs])
 
@@ -73,7 +73,7 @@ class Hog(nn.Cell):
             raise ValueError(f"HOG takes images [B, C, H, W], got {shape}")
         if shape[2] < 2 or shape[3] < 2:
             raise ValueError(f"HOG needs images of at least 2x2 pixels, got {shape[2]}x{shape[3]}")
-        for cell in self.cells:
+        for cell in self.cell_sizes:
             if shape[2] % cell != 0 or shape[3] % cell != 0:
                 raise ValueError(f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG cells of {cell} px")
 

@@ -91,6 +91,9 @@ def localmim_vit(
         Decoder(embed_dim, encoder.grid, s, d, decoder_dim, decoder_depth, decoder_heads, mlp_ratio)
         for s, d in zip(scales, targets.dims)
     ]
+    for block in list(encoder.blocks)[taps[-1] + 1 :]:  # no loss reads them: without gradient, not even decayed
+        for parameter in block.get_parameters():
+            parameter.requires_grad = False
     return MaskedImageModel(encoder, decoders, targets)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from localmim.errors import UserError
+
 
 @dataclass(frozen=True)
 class TokenMask:
@@ -38,15 +40,15 @@ def num_visible(num_patches: int, ratio: float) -> int:
     """Visible patches, int(L * (1 - ratio)): truncated in floating point as the authors do (100 at 0.9 gives 9).
 
     Raises:
-        ValueError: The ratio is outside (0, 1), or leaves nothing visible.
+        UserError: The ratio is outside (0, 1), leaves nothing visible or hides nothing.
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"mask.ratio must lie between 0 and 1, both excluded, got {ratio}")
+        raise UserError(f"mask.ratio must lie between 0 and 1, both excluded, got {ratio}")
     keep = int(num_patches * (1 - ratio))
     if keep < 1:
-        raise ValueError(f"mask.ratio {ratio} leaves none of the {num_patches} patches visible")
+        raise UserError(f"mask.ratio {ratio} leaves none of the {num_patches} patches visible")
     if keep == num_patches:
-        raise ValueError(f"mask.ratio {ratio} hides none of the {num_patches} patches")
+        raise UserError(f"mask.ratio {ratio} hides none of the {num_patches} patches")
     return keep
 
 

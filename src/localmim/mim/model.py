@@ -31,6 +31,16 @@ class MaskedImageModel(nn.Cell):
             predictions.append(self.decoders[k](latents[k], ids_keep, ids_mask, ids_restore))
         return predictions
 
+    def activations(self, images: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor):
+        """Names and values of what is computed on the way to the loss, in order (outside the graph, to look for errors)."""
+        yield "encoder.embed", self.encoder.embed(images, ids_keep)
+        for i, x in enumerate(self.encoder.block_outputs(images, ids_keep)):
+            yield f"encoder.blocks.{i}", x
+        for k, prediction in enumerate(self.predict(images, ids_keep, ids_mask, ids_restore)):
+            yield f"decoders.{k}", prediction
+        for k, grid in enumerate(self.target(images)):
+            yield f"target at scale {self.decoders[k].scale:g}", grid
+
     def loss(self, k: int, prediction: Tensor, target: Tensor, ids_keep, ids_mask, ids_restore) -> Tensor:
         """Mean squared error of the hidden cells at scale k, in float32; at scale 1/2 weighted by the hidden share."""
         scale = self.decoders[k].scale

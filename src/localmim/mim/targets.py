@@ -49,14 +49,14 @@ class PixelTarget(nn.Cell):
 
     def __init__(self, cells: Sequence[int], in_chans: int = 3, normalise: bool = True):
         super().__init__()
-        self.cells, self.normalise = tuple(cells), normalise
+        self.cell_sizes, self.normalise = tuple(cells), normalise
         self.dims = [c * c * in_chans for c in cells]
 
     def construct(self, images: Tensor) -> tuple[Tensor, ...]:
         B, C, H, W = images.shape
         images = ops.stop_gradient(images).astype(ms.float32)
         grids = []
-        for c in self.cells:
+        for c in self.cell_sizes:
             x = images.reshape(B, C, H // c, c, W // c, c).transpose(0, 2, 4, 3, 5, 1)  # [B, hs, ws, c, c, C]
             x = x.reshape(B, H // c, W // c, c * c * C)
             if self.normalise:

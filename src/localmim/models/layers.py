@@ -87,6 +87,35 @@ class AddBias(nn.Cell):
         return dout, self.matmul(ones, dout).reshape(bias.shape)
 
 
+class _NormStats(nn.Cell):
+    """LayerNorm with its mean and variance; the backward pass takes means over rows as products, which CPUs do fast."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+        self.matmul = ops.MatMul()
+
+    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor):
+        """[n, D] -> (normed [n, D], mean [n, 1], variance [n, 1])."""
+        return self.norm(x, gamma, beta)
+
+    def bprop(self, x, gamma, beta, out, dout):
+        n, D = x.shape
+        _, mean, variance = out
+        rsigma = 1 / ops.sqrt(variance + self.eps)
+        normed = (x - mean) * rsigma
+        dy = dout[0]
+        rows, columns = ops.ones((1, n), x.dtype), ops.ones((D, 1), x.dtype)
+        dy_normed = dy * normed
+        dgamma = self.matmul(rows, dy_normed).reshape(gamma.shape)
+        dbeta = self.matmul(rows, dy).reshape(beta.shape)
+        dn = dy * gamma
+        along = self.matmul(dn * normed, columns) / D  # [n, 1]
+        dx = (dn - self.matmul(dn, columns) / D - normed * along) * rsigma
+        return dx, dgamma, dbeta
+
+
 class LayerNorm(nn.Cell):
     """LayerNorm over the last axis in float32; weight 1 and bias 0 at the start."""
 
@@ -94,11 +123,12 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.gamma = parameter("ones", (dim,))
         self.beta = parameter("zeros", (dim,))
-        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+        self.core = _NormStats(eps)
 
     def construct(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], float32."""
-        return self.norm(x.astype(ms.float32), self.gamma, self.beta)[0]
+        rows = x.reshape(-1, x.shape[-1]).astype(ms.float32)
+        return self.core(rows, self.gamma, self.beta)[0].reshape(x.shape)
 
 
 # Phi(x) = sigmoid(x * P(x^2)): P fitted by minimax on the error of GELU over |x| < 6.2. The leading coefficient is
@@ -171,9 +201,10 @@ class Attention(nn.Cell):
         """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D]: no output for the first `skip`."""
         B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         Q, nh = N - skip, self.num_heads
-        q = (qkv[:, skip:, :D] * self.scale).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
-        k = qkv[..., D : 2 * D].reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
-        v = qkv[..., 2 * D :].reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
+        q, k, v = ops.split(qkv, D, 2)
+        q = (without_first(q, skip) * self.scale).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
+        k = k.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
+        v = v.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
         weights = self.softmax(self.scores(q, k).astype(ms.float32)).astype(v.dtype)  # [B, nh, Q, N]
         return self.proj(self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D))
 
@@ -199,7 +230,12 @@ class Block(nn.Cell):
 
     def construct(self, x: Tensor, skip: int = 0) -> Tensor:
         """[B, N, D] -> [B, N - skip, D]: the first `skip` rows are attended to, but not computed."""
-        return self.attend(x[:, skip:], self.project(x), skip)
+        return self.attend(without_first(x, skip), self.project(x), skip)
+
+
+def without_first(x: Tensor, skip: int) -> Tensor:
+    """Rows from `skip` on: [B, N, D] -> [B, N - skip, D]. (A slice that takes everything is still a slow copy.)"""
+    return x[:, skip:] if skip else x
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

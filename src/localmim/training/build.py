@@ -1,0 +1,40 @@
+"""From a config to the parts of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from localmim.config import Config
+from localmim.mim.masking import RandomMasking
+from localmim.mim.model import MaskedImageModel
+from localmim.models.registry import create_model
+
+
+def build_model(config: Config) -> MaskedImageModel:
+    """The recipe's model with fresh weights; seed the framework first.
+
+    Raises:
+        UserError: Unknown name, or sizes that do not fit together.
+    """
+    given = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    name = given.pop("name")
+    target = config.target
+    return create_model(
+        name,
+        target=target.kind,
+        nbins=target.nbins,
+        hog_bias=target.bias,
+        norm_pix=target.norm_pix,
+        seed=config.seed,
+        **given,
+    )
+
+
+def build_masking(config: Config, model: MaskedImageModel) -> RandomMasking:
+    """The recipe's masks.
+
+    Raises:
+        UserError: The ratio leaves nothing visible or hides nothing.
+    """
+    h, w = model.encoder.grid
+    return RandomMasking(h * w, config.mask.ratio, config.seed)

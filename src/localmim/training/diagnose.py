@@ -1,0 +1,68 @@
+"""After too many non-finite steps: which step, which images, which layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from localmim.mim.model import MaskedImageModel
+from localmim.training.optimizer import AdamW
+from localmim.training.step import StepResult
+
+
+def write_dump(
+    output: Path,
+    step: int,
+    model: MaskedImageModel,
+    optimizer: AdamW,
+    parts: list[tuple[np.ndarray, ...]],
+    names: list[str],
+    result: StepResult,
+) -> Path:
+    """Writes `nonfinite_step_N.json`, and the inputs beside it as .npz; returns the JSON file's path.
+
+    Args:
+        parts: The model's inputs, a tuple for each forward pass of the step.
+        names: The images of the step.
+    """
+    path = output / f"nonfinite_step_{step}.json"
+    report = {
+        "step": step,
+        "loss": str(result.loss),
+        "loss_scales": [str(x) for x in result.losses],
+        "layer": next((layer for part in parts if (layer := first_nonfinite(model, optimizer, part))), None),
+        "images": names,
+    }
+    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    arrays = [np.concatenate(group) for group in zip(*parts)]
+    np.savez(path.with_suffix(".npz"), **{f"input_{i}": a for i, a in enumerate(arrays)})
+    return path
+
+
+def first_nonfinite(model: MaskedImageModel, optimizer: AdamW, inputs: tuple[np.ndarray, ...]) -> str | None:
+    """The first place on the way forward, then on the way back, that is not finite; None if all is finite here."""
+    for name, parameter in zip(optimizer.names, optimizer.parameters):
+        if not np.isfinite(parameter.asnumpy()).all():
+            return f"weight {name}"
+    if not np.isfinite(inputs[0]).all():
+        return "input images"
+    tensors = [Tensor(a) for a in inputs]
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        for name, value in model.activations(*tensors):
+            if not np.isfinite(value.asnumpy()).all():
+                return f"output of {name}"
+
+        def loss_of(*args):
+            return model(*args)[0]
+
+        gradients = ms.value_and_grad(loss_of, None, optimizer.parameters)(*tensors)[1]
+        backwards = list(zip(optimizer.names, gradients))[::-1]
+        return next((f"gradient of {n}" for n, g in backwards if not np.isfinite(g.asnumpy()).all()), None)
+    finally:
+        ms.set_context(mode=mode)

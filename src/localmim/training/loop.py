@@ -1,0 +1,320 @@
+"""The pre-training loop. Everything that is random is a function of (seed, epoch, sample), so a run that was killed goes on
+from its newest checkpoint as if nothing had happened, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import yaml
+
+from localmim.config import Config
+from localmim.convert.load import load_weights, weights_of
+from localmim.data.pipeline import Batch, TrainPipeline
+from localmim.data.sources import open_source
+from localmim.device import compute_dtype, set_device
+from localmim.errors import RunError, UserError
+from localmim.models.layers import set_compute_dtype
+from localmim.training.build import build_masking, build_model
+from localmim.training.checkpoint import Checkpoint, CheckpointStore
+from localmim.training.diagnose import write_dump
+from localmim.training.optimizer import AdamW
+from localmim.training.runlog import RunLog
+from localmim.training.schedule import WarmupCosine, scaled_lr
+from localmim.training.step import LossScaler, StepResult, TrainStep
+
+CHECKPOINTS = "checkpoints"
+# What may differ when a run goes on: none of it changes what is computed, except how long.
+MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint"} | {
+    f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")
+}
+
+
+class Pretraining:
+    """One run: its parts, its position, and what a checkpoint keeps of it.
+
+    Raises:
+        UserError: Something in the config or in the output folder does not fit. Nothing has been written by then.
+    """
+
+    def __init__(self, config: Config):
+        # ---- Device, data, model
+        self.config = config
+        self.output = Path(config.output_dir)
+        self.device = set_device(config.device)
+        dtype = compute_dtype(config.precision, self.device)
+        ms.set_seed(config.seed)
+        np.random.seed(config.seed)
+        self.model = set_compute_dtype(build_model(config), dtype)
+        self.masking = build_masking(config, self.model)
+        encoder = self.model.encoder
+        self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
+        self.effective_batch = config.batch_size * config.accumulate
+        self.pipeline = TrainPipeline(
+            self.source, config.data, encoder.image_size, encoder.in_chans, self.effective_batch, config.seed
+        )
+
+        # ---- Optimizer and schedule
+        options = config.optimizer
+        trainable = {n: p for n, p in self.model.parameters_and_names() if p.requires_grad}
+        self.optimizer = AdamW(trainable, options.betas, options.eps, options.weight_decay)
+        self.scaler = LossScaler(config.precision == "fp16")
+        self.train_step = TrainStep(self.model, self.optimizer, config.accumulate, options.clip_grad, self.scaler)
+        self.lr = scaled_lr(options.blr, self.effective_batch) if options.lr is None else options.lr
+        self.steps_per_epoch = self.pipeline.steps_per_epoch
+        self.schedule = WarmupCosine(
+            self.lr, options.min_lr, options.warmup_epochs, config.epochs, self.steps_per_epoch
+        )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+
+        # ---- Position: steps count finished optimizer steps, updates only those that were not skipped
+        self.step = self.updates = self.skipped = self.bad_in_a_row = 0
+        self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * len(self.model.decoders)}
+        self.store = CheckpointStore(self.output / CHECKPOINTS, config.checkpoint.keep)
+        newest = self.store.latest()
+        if newest is not None:
+            self.resume(newest)
+
+    # ---- Checkpoints
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues from `checkpoint`.
+
+        Raises:
+            UserError: It belongs to a recipe that computes something else.
+        """
+        refuse_other_recipe(checkpoint.config, self.config.as_dict(), self.output)
+        state = checkpoint.state
+        load_weights(self.model, checkpoint.weights())
+        self.optimizer.load_state(checkpoint.optimizer())
+        self.scaler.load_state(state["scaler"])
+        self.pipeline.load_state(state["data"])
+        self.step, self.updates, self.skipped = state["step"], state["updates"], state["skipped"]
+        self.bad_in_a_row, self.interval = state["bad_in_a_row"], state["interval"]
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment."""
+        state = {
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "step_in_epoch": self.step % self.steps_per_epoch,
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "interval": self.interval,
+            "scaler": self.scaler.state(),
+            "data": self.pipeline.state(),
+        }
+        return self.store.save(
+            self.step, weights_of(self.model), self.optimizer.state(), state, self.config.as_dict()
+        )
+
+    def save_is_due(self) -> bool:
+        """Whether the config asks for a checkpoint after the step just made."""
+        every = self.config.checkpoint
+        if self.step == self.last_step or (every.every_steps and self.step % every.every_steps == 0):
+            return True
+        steps = round(every.every_epochs * self.steps_per_epoch)
+        return steps > 0 and self.step % steps == 0
+
+    # ---- Steps
+
+    def parts(self, batch: Batch, epoch: int) -> list[tuple[np.ndarray, ...]]:
+        """The model's inputs for each forward pass of a step: images and mask arrays."""
+        arrays = (batch.images, *self.masking(epoch, batch.ids).arrays())
+        size = self.config.batch_size
+        return [tuple(a[i : i + size] for a in arrays) for i in range(0, self.effective_batch, size)]
+
+    def advance(self, batch: Batch, epoch: int) -> StepResult:
+        """One optimizer step.
+
+        Raises:
+            RunError: Too many non-finite steps in a row; what is known about it is written to the output folder.
+        """
+        parts = self.parts(batch, epoch)
+        result = self.train_step(parts, self.schedule.at(self.step), self.updates + 1)
+        self.step += 1
+        if result.finite:
+            self.updates += 1
+            self.bad_in_a_row = 0
+            self.interval["steps"] += 1
+            self.interval["loss"] += result.loss
+            self.interval["losses"] = [a + float(b) for a, b in zip(self.interval["losses"], result.losses)]
+        else:
+            self.skipped += 1
+            self.bad_in_a_row += 1
+            if self.bad_in_a_row == self.config.max_bad_steps:
+                names = [self.source.name(int(i)) for i in batch.ids]
+                path = write_dump(self.output, self.step, self.model, self.optimizer, parts, names, result)
+                raise RunError(
+                    f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient; step, images and layer "
+                    f"are in {path}; the newest checkpoint is from before"
+                )
+        return result
+
+    def interval_means(self) -> dict:
+        """Mean loss since the last record, which begins a new interval."""
+        n = max(self.interval["steps"], 1)
+        means = {"loss": self.interval["loss"] / n, "loss_scales": [x / n for x in self.interval["losses"]]}
+        if self.interval["steps"] == 0:
+            means = {"loss": float("nan"), "loss_scales": []}
+        self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * len(self.model.decoders)}
+        return means
+
+
+def pretrain(config: Config) -> None:
+    """Runs or continues a recipe until it is done.
+
+    Raises:
+        UserError: A config, data set or output folder that does not fit.
+        RunError: Stopped by a signal (after a checkpoint) or by non-finite steps.
+    """
+    run = Pretraining(config)
+    if run.step >= run.last_step:
+        print(f"{run.output} is complete: {run.step} steps are done")
+        return
+    write_config(run.output, config)
+    with stop_signals() as stop, RunLog(run.output, run.last_step, run.step) as log, warnings_to(log):
+        for line in introduction(run):
+            log.message(line)
+        waited = spent = 0.0
+        steps = 0
+        begin = time.perf_counter()
+        for epoch in range(run.step // run.steps_per_epoch, config.epochs):
+            batches = run.pipeline.epoch(epoch, run.step % run.steps_per_epoch)
+            for batch in batches:
+                waited += time.perf_counter() - begin
+                result = run.advance(batch, epoch)
+                steps += 1
+                if not result.finite:
+                    log.message(f"step {run.step}: non-finite loss or gradient, the update is skipped")
+                spent += time.perf_counter() - begin
+                begin = time.perf_counter()
+
+                # ---- Records
+                if run.step % config.log_every == 0 or run.step == run.last_step:
+                    log.log(
+                        run.step,
+                        epoch=run.step / run.steps_per_epoch,
+                        **run.interval_means(),
+                        lr=run.schedule.at(run.step - 1),
+                        **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
+                        **({"loss_scale": run.scaler.scale} if run.scaler.enabled else {}),
+                        skipped=run.skipped,
+                        bad_images=len(run.pipeline.bad.ids),
+                        images_per_s=steps * run.effective_batch / spent,
+                        step_s=spent / steps,
+                        data_wait_s=waited / steps,
+                    )
+                    waited, spent, steps = 0.0, 0.0, 0
+
+                # ---- Checkpoints and stopping
+                if run.save_is_due() or stop:
+                    log.sync()
+                    path = run.save()
+                    if stop:
+                        raise RunError(f"by {stop[0]} after step {run.step}; saved {path}; the same command goes on")
+                    begin = time.perf_counter()
+                if run.step == run.last_step:
+                    log.message(f"done: {run.step} steps, {run.skipped} skipped; {path}")
+                    return
+
+
+def introduction(run: Pretraining) -> list[str]:
+    """What a run says before its first step."""
+    config, encoder = run.config, run.model.encoder
+    h, w = encoder.grid
+    trained = sum(p.size for p in run.optimizer.parameters)
+    lines = [
+        f"{config.model.name} on {run.device} in {config.precision}: {trained / 1e6:.1f} M parameters are trained",
+        f"{len(run.source)} images from {config.data.dir}; {h}x{w} patches, {run.masking.keep} visible",
+    ]
+    idle = encoder.depth - 1 - encoder.taps[-1]
+    if idle:
+        lines.append(f"the top {idle} of {encoder.depth} blocks lie above the last tap and are not trained")
+    equation = f"{config.optimizer.blr:g} x {run.effective_batch} / 256 = " if config.optimizer.lr is None else ""
+    lines += [
+        f"lr = {equation}{run.lr:g}; effective batch {config.batch_size} x {config.accumulate} = {run.effective_batch}",
+        f"{run.steps_per_epoch} steps an epoch, {run.total_steps} in {config.epochs} epochs; output in {run.output}",
+    ]
+    if run.step:
+        lines.append(f"going on after step {run.step}")
+    return [*lines, "compiling the step, which takes a while once"]
+
+
+def refuse_other_recipe(saved: dict, now: dict, output: Path) -> None:
+    """UserError when the run in `output` was begun with a recipe that computes something else."""
+    before, after = flatten(saved), flatten(now)
+    for key in sorted(before.keys() | after.keys()):
+        free = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
+        if not free and before.get(key) != after.get(key):
+            raise UserError(
+                f"{output} holds a run with {key} {before.get(key)}, and this one has {after.get(key)}: "
+                "name another output_dir"
+            )
+
+
+def flatten(values: dict, above: str = "") -> dict:
+    """Nested dict to dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value})
+    return flat
+
+
+def write_config(output: Path, config: Config) -> None:
+    """The resolved recipe beside the run's records.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        aside = output / ".config.yaml"
+        aside.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+        os.replace(aside, output / "config.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write to output_dir {output}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that gets the name of the first SIGTERM or SIGINT; a second one acts at once."""
+    received: list[str] = []
+
+    def note(number, _frame):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def warnings_to(log: RunLog):
+    """Warnings of this package appear above the bar instead of through it."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            log.message(record.getMessage())
+
+    logger, handler = logging.getLogger("localmim"), Handler()
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before

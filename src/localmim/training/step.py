@@ -1,0 +1,202 @@
+"""One optimizer step as a graph: loss, gradients, the check that all is finite, the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from localmim.training.optimizer import AdamW, zeros_like
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step says: the loss, its parts, whether the update was made, and the gradient norm where it is computed."""
+
+    loss: float
+    losses: np.ndarray
+    finite: bool
+    grad_norm: float | None
+
+
+class LossScaler:
+    """Dynamic loss scale for float16: halved on overflow, doubled after `patience` good steps. 1 forever when off."""
+
+    def __init__(self, enabled: bool, scale: float = 65536.0, patience: int = 2000):
+        self.enabled, self.patience = enabled, patience
+        self.scale, self.good_steps = (scale if enabled else 1.0), 0
+
+    def update(self, finite: bool) -> None:
+        """After each step."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good_steps == self.patience:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+    def state(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state(self, state: dict) -> None:
+        self.scale, self.good_steps = state["scale"], state["good_steps"]
+
+
+class _ScaledLoss(nn.Cell):
+    """The loss times the loss scale, which is what is differentiated; the loss and its parts beside it."""
+
+    def __init__(self, model: nn.Cell):
+        super().__init__()
+        self.model = model
+
+    def construct(self, scale: Tensor, *inputs):
+        loss, losses = self.model(*inputs)
+        return loss * scale, loss, losses
+
+
+class _Gradients(nn.Cell):
+    """Loss, its parts and the gradients of the scaled loss."""
+
+    def __init__(self, model: nn.Cell, optimizer: AdamW):
+        super().__init__()
+        self.differentiate = ms.value_and_grad(_ScaledLoss(model), None, optimizer.parameters, has_aux=True)
+
+    def construct(self, scale: Tensor, *inputs):
+        (_, loss, losses), gradients = self.differentiate(scale, *inputs)
+        return loss, losses, gradients
+
+
+def all_sums(tensors) -> Tensor:
+    """The sum of everything, as products with ones: not finite when anything in it is not."""
+    total = Tensor(0.0, ms.float32)
+    for x in tensors:
+        rows = x.reshape(-1, x.shape[-1])
+        columns = ops.matmul(ops.ones((1, rows.shape[0]), x.dtype), rows)  # [1, n]
+        total = total + ops.matmul(columns, ops.ones((x.shape[-1], 1), x.dtype)).reshape(())
+    return total
+
+
+def sum_of_squares(tensors) -> Tensor:
+    """Squared global norm."""
+    total = Tensor(0.0, ms.float32)
+    for x in tensors:
+        total = total + 2 * ops.L2Loss()(x)
+    return total
+
+
+class _Update(nn.Cell):
+    """Unscales and clips gradients, and updates if all of them are finite."""
+
+    def __init__(self, optimizer: AdamW, clip: float | None, scaled: bool):
+        super().__init__()
+        self.optimizer, self.clip, self.scaled = optimizer, clip, scaled
+
+    def construct(self, loss, gradients, factor, rate, eps, decay):
+        """`factor` is what gradients are multiplied with first, where anything asks for it."""
+        if self.scaled:
+            gradients = [g * factor for g in gradients]
+        norm = Tensor(0.0, ms.float32)
+        if self.clip is not None:
+            norm = ops.sqrt(sum_of_squares(gradients))
+            finite = ops.isfinite(norm + loss)
+            shrink = ops.minimum(self.clip / (norm + 1e-6), Tensor(1.0, ms.float32))
+            gradients = [g * shrink for g in gradients]
+        else:
+            finite = ops.isfinite(all_sums(gradients) + loss)
+        if finite:
+            self.optimizer(gradients, rate, eps, decay)
+        return finite, norm
+
+
+class _WholeStep(nn.Cell):
+    """Gradients and update in one graph."""
+
+    def __init__(self, gradients: _Gradients, update: _Update):
+        super().__init__()
+        self.gradients, self.update = gradients, update
+
+    def construct(self, scale, factor, rate, eps, decay, *inputs):
+        loss, losses, gradients = self.gradients(scale, *inputs)
+        finite, norm = self.update(loss, gradients, factor, rate, eps, decay)
+        return loss, losses, finite, norm
+
+
+class _Accumulate(nn.Cell):
+    """Adds the gradients of one part of a batch to buffers."""
+
+    def __init__(self, gradients: _Gradients, buffers):
+        super().__init__()
+        self.gradients, self.buffers = gradients, buffers
+
+    def construct(self, scale, *inputs):
+        loss, losses, gradients = self.gradients(scale, *inputs)
+        for i in range(len(self.buffers)):
+            ops.assign_add(self.buffers[i], gradients[i])
+        return loss, losses
+
+
+class _UpdateFromBuffers(nn.Cell):
+    """The update from accumulated gradients, which are zero again afterwards."""
+
+    def __init__(self, update: _Update, buffers):
+        super().__init__()
+        self.update, self.buffers = update, buffers
+
+    def construct(self, loss, factor, rate, eps, decay):
+        gradients = [b * 1.0 for b in self.buffers]
+        finite, norm = self.update(loss, gradients, factor, rate, eps, decay)
+        for i in range(len(self.buffers)):
+            ops.assign(self.buffers[i], ops.zeros_like(self.buffers[i]))
+        return finite, norm
+
+
+class TrainStep:
+    """An optimizer step over `accumulate` parts of a batch.
+
+    Args:
+        model: Inputs -> (loss, losses).
+        optimizer: Of its parameters.
+        accumulate: Forward passes a step; their gradients are averaged.
+        clip: Largest global gradient norm; None: no clipping.
+        scaler: Its scale multiplies the loss.
+    """
+
+    def __init__(
+        self, model: nn.Cell, optimizer: AdamW, accumulate: int = 1, clip: float | None = None, scaler=None
+    ):
+        self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
+        self.scaler = scaler or LossScaler(False)
+        gradients = _Gradients(model, optimizer)
+        update = _Update(optimizer, clip, self.scaler.enabled or accumulate > 1)
+        if accumulate == 1:
+            self.whole = _WholeStep(gradients, update)
+        else:
+            buffers = zeros_like(optimizer.parameters, "accumulated")
+            self.part, self.finish = _Accumulate(gradients, buffers), _UpdateFromBuffers(update, buffers)
+        model.set_train()
+
+    def __call__(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int) -> StepResult:
+        """One step.
+
+        Args:
+            parts: `accumulate` tuples of the model's inputs.
+            lr: Learning rate of this step.
+            update: Number of this update, counted from 1 over the updates really made.
+        """
+        scale = Tensor(self.scaler.scale, ms.float32)
+        factor = Tensor(1 / (self.scaler.scale * self.accumulate), ms.float32)
+        scalars = self.optimizer.scalars(lr, update)
+        if self.accumulate == 1:
+            loss, losses, finite, norm = self.whole(scale, factor, *scalars, *map(Tensor, parts[0]))
+            loss, losses = float(loss.asnumpy()), losses.asnumpy()
+        else:
+            results = [self.part(scale, *map(Tensor, part)) for part in parts]
+            loss = float(np.mean([r[0].asnumpy() for r in results]))
+            losses = np.mean([r[1].asnumpy() for r in results], axis=0)
+            finite, norm = self.finish(Tensor(loss, ms.float32), factor, *scalars)
+        finite = bool(finite.asnumpy())
+        self.scaler.update(finite)
+        return StepResult(loss, losses, finite, float(norm.asnumpy()) if self.clip is not None else None)

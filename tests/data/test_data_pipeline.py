@@ -1,0 +1,261 @@
+"""Batches are a pure function of (seed, epoch, rank, workers, files), also with files that cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from conftest import draw, jpeg
+
+from localmim.config import DataConfig
+from localmim.data import ArraySource, TrainPipeline, eval_batches, open_source
+from localmim.errors import UserError
+
+SIZE = (24, 32)
+WORKERS = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
+
+
+def pipeline(source, batch_size=4, seed=0, rank=0, world=1, size=SIZE, in_chans=3, **changes):
+    config = dataclasses.replace(DataConfig(segment_steps=3, workers=1), **changes)
+    return TrainPipeline(source, config, size, in_chans, batch_size, seed, rank, world)
+
+
+def assert_same(left, right):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        for x, y in zip(a, b):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def damaged(tree, tmp_path_factory):
+    """The tree with one empty, one truncated, one text and one unreadable file among the 40."""
+    root = tmp_path_factory.mktemp("damaged") / "tree"
+    shutil.copytree(tree, root)
+    (root / "cat/03.jpg").write_bytes(b"")
+    (root / "cat/17.jpg").write_bytes((root / "cat/17.jpg").read_bytes()[:600])
+    (root / "dog/05.jpg").write_text("no image")
+    (root / "dog/06.jpg").unlink()
+    (root / "dog/06.jpg").symlink_to(root / "gone")
+    return root
+
+
+BAD = [3, 17, 25, 26]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_starting_inside_an_epoch(tree, workers):
+    """epoch(e, start_step=s) is the tail of epoch(e), bit for bit, before, at and after a border of segments."""
+    data = pipeline(open_source(str(tree)), workers=workers)
+    whole = list(data.epoch(2))
+    assert len(whole) == data.steps_per_epoch == 10
+    assert whole[0].images.shape == (4, 3, *SIZE) and whole[0].images.dtype == np.float32
+    for start in (1, 3, 5, 9):
+        assert_same(list(data.epoch(2, start_step=start)), whole[start:])
+    again = pipeline(open_source(str(tree)), workers=workers)  # as after a restart of the process
+    assert_same(list(again.epoch(2)), whole)
+
+
+def test_what_the_stream_depends_on(tree):
+    """Another epoch, seed or segment draws other crops of the same image; labels follow the images."""
+    source = ArraySource([draw(0)] * 40, labels=np.arange(40))
+    first, other = pipeline(source), pipeline(source, seed=1)
+    epochs = [list(first.epoch(0)), list(first.epoch(1)), list(other.epoch(0))]
+    crops = np.concatenate([batch.images for batches in epochs for batch in batches])
+    assert len({crop.tobytes() for crop in crops}) == len(crops) == 120
+    for batches in epochs:
+        ids = np.concatenate([batch.ids for batch in batches])
+        assert sorted(ids) == list(range(40)) and ids.tolist() != sorted(ids)
+        np.testing.assert_array_equal(ids, np.concatenate([batch.labels for batch in batches]))
+    assert epochs[0][0].ids.tolist() != epochs[1][0].ids.tolist() != epochs[2][0].ids.tolist()
+
+
+def test_an_abandoned_epoch_leaves_nothing_behind(tree):
+    """A loop that breaks off (SIGTERM, an error) and starts again must get the same batches."""
+    data = pipeline(open_source(str(tree)))
+    whole = list(data.epoch(0))
+    for stop in (1, 4):
+        running = data.epoch(0)
+        for _ in range(stop):
+            next(running)
+        running.close()
+        assert_same(list(data.epoch(0)), whole)
+
+
+def test_ranks_share_an_epoch(tree):
+    """Every image at most once over all ranks, and each rank draws crops of its own."""
+    source = open_source(str(tree))
+    ranks = [pipeline(source, rank=rank, world=3) for rank in range(3)]
+    assert {data.steps_per_epoch for data in ranks} == {3}
+    ids = np.concatenate([batch.ids for data in ranks for batch in data.epoch(0)])
+    assert len(ids) == len(set(ids.tolist())) == 36
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_bad_images_are_named_counted_replaced(damaged, workers, caplog):
+    """The epoch keeps its length, every bad file is named once with a reason, and a resumed run is bit-identical."""
+    data = pipeline(open_source(str(damaged)), workers=workers, max_bad_share=0.1)
+    with caplog.at_level(logging.WARNING, "localmim.data"):
+        epochs = [list(data.epoch(epoch)) for epoch in (0, 1)]
+    for batches in epochs:
+        assert len(batches) == 10 and not set(np.concatenate([b.ids for b in batches]).tolist()) & set(BAD)
+        assert all(np.isfinite(batch.images).all() and len(batch.ids) == 4 for batch in batches)
+    messages = sorted(record.getMessage() for record in caplog.records)
+    assert len(messages) == 4 and sorted(data.bad.ids) == BAD
+    for message, words in zip(messages, ["03.jpg: the file is empty", "17.jpg: truncated", "05.jpg: not a", "No such"]):
+        assert words in message
+    for start in (2, 3, 7):
+        resumed = pipeline(open_source(str(damaged)), workers=workers, max_bad_share=0.1)
+        saved = pipeline(open_source(str(damaged)), workers=workers, max_bad_share=0.1)
+        for _ in zip(range(start), saved.epoch(0)):
+            pass
+        resumed.load_state(json.loads(json.dumps(saved.state())))
+        assert_same(list(resumed.epoch(0, start_step=start)), epochs[0][start:])
+        assert_same(list(resumed.epoch(1)), epochs[1])
+        assert sorted(resumed.bad.ids) == BAD
+
+
+def test_too_many_bad_images(damaged):
+    """Past the set share the run stops with the count and the names."""
+    data = pipeline(open_source(str(damaged)), max_bad_share=0.07)
+    with pytest.raises(UserError, match=r"3 of 40 images cannot be read, more than data.max_bad_share=0.07.*\.jpg"):
+        list(data.epoch(0))
+
+
+def test_no_image_can_be_read(tmp_path):
+    """All bad, and all allowed: the run must stop, not wait for ever."""
+    for k in range(6):
+        (tmp_path / f"{k}.jpg").write_text("no image")
+    with pytest.raises(UserError, match="none of 6 images can be read"):
+        list(pipeline(open_source(str(tmp_path)), max_bad_share=1).epoch(0))
+
+
+def test_state_refuses_another_data_set(tree, damaged):
+    """A checkpoint must not go on with other images under the same numbers."""
+    state = pipeline(open_source(str(tree))).state()
+    with pytest.raises(UserError, match="not the data set that the run began with"):
+        pipeline(open_source(str(damaged))).load_state(state)
+
+
+def test_load_state_keeps_the_worker_count(tree):
+    """The crops depend on it, so `workers: 0` must not change under a run that moves to another machine."""
+    data = pipeline(open_source(str(tree)), workers=0)
+    data.load_state({**data.state(), "workers": 1})
+    assert_same(list(data.epoch(0)), list(pipeline(open_source(str(tree)), workers=1).epoch(0)))
+
+
+def test_crops_come_from_the_image(tmp_path):
+    """Scale 1 and ratio of the image, no mirror: the crop is the image, in RGB, normalised by ImageNet's values."""
+    image = draw(4, 48, 64)
+    cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1])
+    whole = dict(crop_scale=(1.0, 1.0), crop_ratio=(64 / 48, 64 / 48), hflip=0.0, size=(48, 64), batch_size=1)
+    (batch,) = pipeline(open_source(str(tmp_path)), **whole).epoch(0)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(batch.images[0].transpose(1, 2, 0), (image / 255 - mean) / std, atol=1e-5)
+    (batch,) = pipeline(open_source(str(tmp_path)), **{**whole, "hflip": 1.0}).epoch(0)
+    np.testing.assert_allclose(batch.images[0].transpose(1, 2, 0)[:, ::-1], (image / 255 - mean) / std, atol=1e-5)
+
+
+def odd_files(root):
+    """Files that decoders treat in different ways; all of one red image."""
+    red = np.zeros((20, 30, 3), np.uint8)
+    red[..., 2] = 255  # BGR
+    cv2.imwrite(str(root / "a.webp"), red)
+    cv2.imwrite(str(root / "alpha.png"), np.dstack([red, red[..., :1]]))
+    cv2.imwrite(str(root / "deep.png"), red.astype(np.uint16) * 257)
+    cv2.imwrite(str(root / "tiny.png"), red[:1, :1])
+    cv2.imwrite(str(root / "a.bmp"), red)
+    cv2.imwrite(str(root / "a.tif"), red)
+
+
+def test_odd_files_become_rgb(tmp_path):
+    """Alpha, 16 bit, WebP, TIFF and one single pixel train and evaluate as plain RGB."""
+    odd_files(tmp_path)
+    source = open_source(str(tmp_path))
+    data = pipeline(source, batch_size=6, size=(8, 8), mean=[0.0] * 3, std=[1.0] * 3)
+    (train,) = data.epoch(0)
+    (test,) = eval_batches(source, data.config, (8, 8), 3, 6)
+    for images in (train.images, test.images):
+        np.testing.assert_allclose(images, np.broadcast_to([[[[1.0]], [[0.0]], [[0.0]]]], images.shape), atol=0.02)
+
+
+@pytest.mark.parametrize("in_chans, kind", [(1, "jpg"), (1, "npy"), (4, "png"), (5, "npy"), (12, "npy")])
+def test_channel_counts(tmp_path, in_chans, kind):
+    """Any number of channels from config alone, train and evaluation, mean 0.5 unless given."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, in_chans), dtype=np.uint8)
+    for name in "abcd":
+        if kind == "npy":
+            np.save(tmp_path / f"{name}.npy", pixels.astype(np.float32) / 255 if name == "a" else pixels)
+        else:
+            cv2.imwrite(str(tmp_path / f"{name}.{kind}"), pixels)
+    source = open_source(str(tmp_path), in_chans=in_chans)
+    data = pipeline(source, size=(8, 12), in_chans=in_chans)
+    (train,) = data.epoch(0)
+    (test,) = eval_batches(source, data.config, (8, 12), in_chans, 4)
+    for images in (train.images, test.images):
+        assert images.shape == (4, in_chans, 8, 12) and images.dtype == np.float32
+        assert 0.1 < np.abs(images).mean() < 1 and np.abs(images).max() < 2
+    np.testing.assert_allclose(test.images[0], test.images[1], atol=0.02)  # float and uint8 of one image
+
+
+def test_wrong_channel_count_is_a_bad_image(tmp_path):
+    """It is named with its shape, not passed on to a crash inside MindData."""
+    for k in range(4):
+        np.save(tmp_path / f"{k}.npy", np.zeros((9, 9, 4 if k == 2 else 5), np.uint8))
+    with pytest.raises(UserError, match=r"1 of 4 images cannot be read.*2\.npy"):
+        list(pipeline(open_source(str(tmp_path), in_chans=5), in_chans=5, size=(8, 8)).epoch(0))
+
+
+def test_evaluation_sees_every_image_once_in_order(damaged, caplog):
+    """The last batch is short; unreadable images are left out and named."""
+    config = DataConfig(max_bad_share=0.1)
+    with caplog.at_level(logging.WARNING, "localmim.data"):
+        batches = list(eval_batches(open_source(str(damaged)), config, SIZE, 3, 16))
+    assert [len(batch.ids) for batch in batches] == [16, 16, 4] and len(caplog.records) == 4
+    ids = np.concatenate([batch.ids for batch in batches])
+    assert ids.tolist() == [i for i in range(40) if i not in BAD]
+    np.testing.assert_array_equal(np.concatenate([batch.labels for batch in batches]), ids // 20)
+    with pytest.raises(UserError, match="max_bad_share"):
+        list(eval_batches(open_source(str(damaged)), DataConfig(), SIZE, 3, 16))
+
+
+def test_evaluation_crop():
+    """Exact size: untouched. Otherwise the short side becomes 256/224 of the crop and the middle is kept."""
+    config = DataConfig(mean=[0.0] * 3, std=[1.0] * 3)
+    exact, wide = draw(0, 28, 28), draw(1, 64, 128)
+    first, second = next(eval_batches(ArraySource([exact, wide]), config, (28, 28), 3, 2)).images
+    np.testing.assert_allclose(first, exact.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
+    middle = cv2.resize(wide, (64, 32), interpolation=cv2.INTER_CUBIC)[2:30, 18:46]
+    np.testing.assert_allclose(second, middle.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 41}, "data.dir has 40 images, fewer than batch_size 41"),
+        ({"batch_size": 21, "world": 2}, "20 for each of 2 devices, fewer than batch_size 21"),
+        ({"mean": [0.5]}, "data.mean has 1 values, but images have 3 channels"),
+        ({"std": [1.0, 0.0, 1.0]}, "data.std"),
+        ({"crop_scale": (0.5, 0.2)}, "data.crop_scale"),
+        ({"crop_ratio": (0.0, 1.0)}, "data.crop_ratio"),
+        ({"hflip": 1.5}, "data.hflip"),
+        ({"segment_steps": 0}, "data.segment_steps"),
+        ({"workers": 10**6}, "data.workers is 1000000"),
+    ],
+)
+def test_wrong_values(tree, changes, message):
+    """Each is refused before anything is read, with the key's name."""
+    with pytest.raises(UserError) as error:
+        pipeline(open_source(str(tree)), **changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_jpeg_helper_is_lossy_enough_to_matter():
+    """Guards the tests above: a truncated copy of the helper's JPEG must not decode."""
+    assert cv2.imdecode(np.frombuffer(jpeg(draw(17))[:600], np.uint8), cv2.IMREAD_COLOR) is None
