@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from conftest import draw
+from data_images import draw
 
 from localmim.config import DataConfig
 from localmim.data import TrainPipeline, eval_batches, open_source, pack

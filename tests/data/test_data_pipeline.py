@@ -11,7 +11,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from conftest import draw, jpeg
+from data_images import draw, jpeg
 
 from localmim.config import DataConfig
 from localmim.data import ArraySource, TrainPipeline, eval_batches, open_source
@@ -64,7 +64,7 @@ def test_starting_inside_an_epoch(tree, workers):
 
 def test_what_the_stream_depends_on(tree):
     """Another epoch, seed or segment draws other crops of the same image; labels follow the images."""
-    source = ArraySource([draw(0)] * 40, labels=np.arange(40))
+    source = ArraySource([draw(0, 240, 300)] * 40, labels=np.arange(40))
     first, other = pipeline(source), pipeline(source, seed=1)
     epochs = [list(first.epoch(0)), list(first.epoch(1)), list(other.epoch(0))]
     crops = np.concatenate([batch.images for batches in epochs for batch in batches])
@@ -128,6 +128,18 @@ def test_too_many_bad_images(damaged):
         list(data.epoch(0))
 
 
+@pytest.mark.parametrize("segment_steps", [3, 100])
+def test_half_of_the_images_are_bad(tmp_path, segment_steps):
+    """Stand-ins for several batches, bad ones among them; with one segment an epoch they must repeat images."""
+    for k in range(22):
+        (tmp_path / f"{k:02d}.jpg").write_bytes(b"" if k % 2 else jpeg(draw(k)))
+    data = pipeline(open_source(str(tmp_path)), max_bad_share=1, segment_steps=segment_steps)
+    batches = list(data.epoch(0))
+    assert [batch.images.shape for batch in batches] == [(4, 3, *SIZE)] * 5
+    assert not any((batch.ids % 2).any() for batch in batches)
+    assert_same(list(data.epoch(0, start_step=2)), batches[2:])
+
+
 def test_no_image_can_be_read(tmp_path):
     """All bad, and all allowed: the run must stop, not wait for ever."""
     for k in range(6):
@@ -188,7 +200,7 @@ def test_odd_files_become_rgb(tmp_path):
 @pytest.mark.parametrize("in_chans, kind", [(1, "jpg"), (1, "npy"), (4, "png"), (5, "npy"), (12, "npy")])
 def test_channel_counts(tmp_path, in_chans, kind):
     """Any number of channels from config alone, train and evaluation, mean 0.5 unless given."""
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, in_chans), dtype=np.uint8)
+    pixels = np.dstack([draw(k, 30, 40) for k in range(4)])[..., :in_chans] // 2 + 64  # no overshoot to be clipped
     for name in "abcd":
         if kind == "npy":
             np.save(tmp_path / f"{name}.npy", pixels.astype(np.float32) / 255 if name == "a" else pixels)
@@ -254,8 +266,3 @@ def test_wrong_values(tree, changes, message):
     with pytest.raises(UserError) as error:
         pipeline(open_source(str(tree)), **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_jpeg_helper_is_lossy_enough_to_matter():
-    """Guards the tests above: a truncated copy of the helper's JPEG must not decode."""
-    assert cv2.imdecode(np.frombuffer(jpeg(draw(17))[:600], np.uint8), cv2.IMREAD_COLOR) is None

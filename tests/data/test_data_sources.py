@@ -7,7 +7,7 @@ import logging
 import cv2
 import numpy as np
 import pytest
-from conftest import draw, jpeg
+from data_images import draw, jpeg
 
 from localmim.data import open_source
 from localmim.data.sources import UnreadableImage, decode
@@ -94,7 +94,7 @@ def test_cifar_binaries(tmp_path, kind, head, count):
     with pytest.raises(UserError, match=f"is not {kind} binary"):
         open_source(str(tmp_path), kind)
     (tmp_path / names[0]).unlink()
-    with pytest.raises(UserError, match="lacks|has no"):
+    with pytest.raises(UserError, match=r"lacks|has no"):
         open_source(str(tmp_path), kind)
 
 

@@ -6,10 +6,10 @@ each a pipeline of its own with its own seed. To start in the middle of an epoch
 built and its first steps are thrown away.
 
 An image that cannot be decoded is skipped by MindData in order (`ErrorSamplesMode.SKIP`): the rest of its segment
-moves up by one, and the end is filled with the images that follow in the permutation (around its end). That happens the same way
-each time, so a resumed run needs to remember nothing to get equal batches; what was found is kept only to be named
-once and counted. Building a pipeline sets MindData's global seed (and with it numpy's legacy one) and its global
-error mode.
+moves up by one, and the end is filled with the images that follow in the permutation, from its start again after its
+end. That happens the same way each time, so a resumed run needs to remember nothing to get equal batches; what was
+found is kept only to be named once and counted. Building a pipeline sets MindData's global seed (and with it numpy's
+legacy one) and its global error mode.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Callable, NamedTuple
 
 import cv2
@@ -155,13 +156,18 @@ class TrainPipeline:
         self.steps_per_epoch = share // batch_size
         self.bad = BadImages(source, config.max_bad_share, share)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The source's, worked out once."""
+        return self.source.fingerprint()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, ready for JSON. The position (epoch, step) is the caller's."""
-        return {"bad": sorted(self.bad.ids), "workers": self.workers, "fingerprint": self.source.fingerprint()}
+        return {"bad": sorted(self.bad.ids), "workers": self.workers, "fingerprint": self.fingerprint}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave. UserError when the data set is another one."""
-        if state["fingerprint"] != self.source.fingerprint():
+        if state["fingerprint"] != self.fingerprint:
             raise UserError("data.dir: not the data set that the run began with (names, labels or sizes differ)")
         self.bad.ids = set(state["bad"])
         if state["workers"] != self.workers:
@@ -200,7 +206,7 @@ class TrainPipeline:
         queue = np.roll(order, -begin)  # this segment's images, then those that may stand in for unreadable ones
         missing = steps * self.batch_size
         readable: list[np.ndarray] = []  # sample numbers
-        rest = None  # rows that do not fill a batch yet
+        rest = np.empty(0, np.float32), np.empty(0, np.int32)  # rows that do not fill a batch yet
         attempt = 0
         while missing:
             if not len(queue):  # the segment is all of the epoch: its own images once more
@@ -212,20 +218,19 @@ class TrainPipeline:
             for images, ids in self._rows(rows, int(stream.generate_state(1)[0])):
                 missing -= len(ids)
                 readable.append(ids)
-                if rest is not None:
-                    images, ids = np.concatenate([rest[0], images]), np.concatenate([rest[1], ids])
-                    rest = None
-                if len(ids) < self.batch_size:
-                    rest = images, ids
-                else:
-                    yield images, ids
+                if len(rest[1]):
+                    images, ids = (np.concatenate(pair) for pair in zip(rest, (images, ids)))
+                while len(ids) >= self.batch_size:
+                    yield images[: self.batch_size], ids[: self.batch_size]
+                    images, ids = images[self.batch_size :], ids[self.batch_size :]
+                rest = images, ids
             attempt += 1
 
     def _rows(self, rows: np.ndarray, seed: int) -> Iterator[Rows]:
         """Augmented images of `rows` and their numbers, in order and without the unreadable ones."""
         ds.config.set_error_samples_mode(ds.config.ErrorSamplesMode.SKIP)  # read while running: stays set
         ds.config.set_seed(seed)  # read when the iterator is made
-        reads = self.source.dataset(rows, 1 if self.source.encoded else self.workers)
+        reads = self.source.dataset(rows, self.workers)
         crops = reads.map(self._transforms(), ["image"], num_parallel_workers=self.workers)
         batches = crops.batch(self.batch_size, num_parallel_workers=1)
         iterator = batches.create_tuple_iterator(num_epochs=1, output_numpy=True)

@@ -27,6 +27,7 @@ import cv2
 import mindspore.dataset as ds
 import numpy as np
 
+from localmim.data.jpeg import is_plain_jpeg
 from localmim.errors import UserError
 
 log = logging.getLogger("localmim.data")
@@ -93,16 +94,38 @@ def _checked(image: np.ndarray, in_chans: int) -> np.ndarray:
     return image
 
 
+def for_minddata(raw: np.ndarray) -> np.ndarray:
+    """The bytes of an image file in a form that MindData's decoder copes with.
+
+    Plain JPEG files, and formats that MindData leaves to OpenCV, stay as they are. Anything else (a JPEG that is
+    progressive, CMYK or suspect; WebP, which MindData lacks) is decoded here and handed over uncompressed.
+
+    Args:
+        raw: 1-D uint8, the file.
+
+    Returns:
+        `raw`, or a BMP file, 1-D uint8.
+
+    Raises:
+        UnreadableImage: as `decode`.
+    """
+    if is_plain_jpeg(raw) or raw[:2].tobytes() in (b"\x89P", b"BM", b"II", b"MM", b"P5", b"P6"):
+        return raw
+    return cv2.imencode(".bmp", decode(raw, 3)[..., ::-1])[1]
+
+
 class Source:
     """Base of all sources.
 
     Attributes:
         encoded: True when `s[i]` is the bytes of a file, False when it is an array.
+        costly: True when `s[i]` decodes an image.
         labels: int32 [N], -1 where there is none.
         class_names: names of the classes, empty when there are no labels.
     """
 
     encoded: bool = True
+    costly: bool = False
     labels: np.ndarray
     class_names: list[str]
 
@@ -145,9 +168,12 @@ class Source:
 
         An image that cannot be read comes out empty, so that the op that gets it fails and the row is skipped there.
         """
-        rows = _Rows(self, order)
         return ds.GeneratorDataset(
-            rows, ["image", "sample"], shuffle=False, num_parallel_workers=threads, python_multiprocessing=False
+            _Rows(self, order),
+            ["image", "sample"],
+            shuffle=False,
+            num_parallel_workers=threads if self.costly else 1,  # one thread reads bytes faster than several do
+            python_multiprocessing=False,
         )
 
 
@@ -184,6 +210,7 @@ class FileSource(Source):
         self.root, self.names, self.class_names, self.in_chans = root, names, class_names, in_chans
         self.labels = np.full(len(names), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         self.encoded = in_chans in (1, 3) and not any(name.lower().endswith(".npy") for name in names)
+        self.costly = not self.encoded
 
     def __getitem__(self, i: int) -> np.ndarray:
         path = os.path.join(self.root, self.names[i])
@@ -193,11 +220,7 @@ class FileSource(Source):
             raw = np.fromfile(path, np.uint8)
         except (OSError, ValueError, EOFError) as error:
             raise UnreadableImage(getattr(error, "strerror", None) or str(error).split("\n")[0]) from None
-        if not self.encoded:
-            return decode(raw, self.in_chans)
-        if raw[:4].tobytes() == b"RIFF":  # WebP, which MindData's decoder lacks: handed over uncompressed
-            return cv2.imencode(".bmp", decode(raw, 3)[..., ::-1])[1]
-        return raw
+        return for_minddata(raw) if self.encoded else decode(raw, self.in_chans)
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -288,7 +311,9 @@ class MindRecordSource(Source):
             yield int(i), partial(np.frombuffer, record.tobytes(), np.uint8)
 
     def dataset(self, order: np.ndarray, threads: int) -> ds.Dataset:
-        images = self._records(self.column, order).rename([self.column], ["image"])
+        images = self._records(self.column, order).map(
+            _screened, [self.column], ["image"], num_parallel_workers=threads
+        )
         return ds.zip((images, ds.NumpySlicesDataset({"sample": order}, shuffle=False)))
 
     def name(self, i: int) -> str:
@@ -296,6 +321,14 @@ class MindRecordSource(Source):
 
     def _size(self, i: int) -> int:
         return sum(os.path.getsize(file) for file in self.files)
+
+
+def _screened(record: np.ndarray) -> np.ndarray:
+    """`for_minddata` for the bytes in a MindRecord row; empty when they are no image."""
+    try:
+        return for_minddata(np.frombuffer(record.tobytes(), np.uint8))
+    except UnreadableImage:
+        return np.empty(0, np.uint8)
 
 
 def open_source(path: str, format: str = "auto", in_chans: int = 3) -> Source:

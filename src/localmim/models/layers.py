@@ -106,13 +106,13 @@ class _NormStats(nn.Cell):
         rsigma = 1 / ops.sqrt(variance + self.eps)
         normed = (x - mean) * rsigma
         dy = dout[0]
-        rows, columns = ops.ones((1, n), x.dtype), ops.ones((D, 1), x.dtype)
+        rows = ops.ones((1, n), x.dtype)
         dy_normed = dy * normed
         dgamma = self.matmul(rows, dy_normed).reshape(gamma.shape)
         dbeta = self.matmul(rows, dy).reshape(beta.shape)
-        dn = dy * gamma
-        along = self.matmul(dn * normed, columns) / D  # [n, 1]
-        dx = (dn - self.matmul(dn, columns) / D - normed * along) * rsigma
+        column = gamma.reshape(D, 1) / D
+        mean_dn, along = self.matmul(dy, column), self.matmul(dy_normed, column)  # [n, 1]
+        dx = (dy * gamma - mean_dn - normed * along) * rsigma
         return dx, dgamma, dbeta
 
 

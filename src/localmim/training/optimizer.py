@@ -1,11 +1,9 @@
-"""AdamW as PyTorch defines it, in one fused operator a parameter.
+"""AdamW as PyTorch defines it (decoupled decay, bias correction), from MindSpore's fused Adam.
 
-MindSpore's fused AdamWeightDecay has no bias correction. With c1 = 1 - beta1^t and c2 = 1 - beta2^t the corrected step
-
-    w -= lr * ((m / c1) / (sqrt(v / c2) + eps) + weight_decay * w)
-
-is its step with lr * sqrt(c2) / c1 for lr, eps * sqrt(c2) for eps and weight_decay * c1 / sqrt(c2) for the decay.
-These three are computed on the host in float64 and enter the graph as scalars.
+With c2 = 1 - beta2^t PyTorch's step is  w -= lr * (m / c1) / (sqrt(v / c2) + eps), after  w *= 1 - lr * weight_decay.
+The fused operator computes  w -= lr * sqrt(c2) / c1 * m / (sqrt(v) + eps'), which is the same with eps' = eps * sqrt(c2).
+(The operator AdamWeightDecay would need one call, but has no bias correction and runs on one CPU thread.)
+The scalars of a step are computed on the host in float64.
 """
 
 from __future__ import annotations
@@ -47,30 +45,24 @@ class AdamW(nn.Cell):
         self.decays = [decays(n, p) for n, p in parameters.items()]
         self.betas, self.eps, self.weight_decay = tuple(betas), eps, weight_decay
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
-        self.none = Tensor(0.0, ms.float32)
-        self.update = ops.AdamWeightDecay()
+        self.adam = ops.Adam()
 
-    def scalars(self, lr: float, update: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rate, eps and decay of the fused operator for the update number `update`, counted from 1."""
-        c1, c2 = 1 - self.betas[0] ** update, math.sqrt(1 - self.betas[1] ** update)
-        values = lr * c2 / c1, self.eps * c2, self.weight_decay * c1 / c2
+    def scalars(self, lr: float, update: int) -> tuple[Tensor, ...]:
+        """What `construct` needs beside gradients, for the update number `update`, counted from 1."""
+        power1, power2 = self.betas[0] ** update, self.betas[1] ** update
+        values = lr, 1 - lr * self.weight_decay, power1, power2, self.eps * math.sqrt(1 - power2)
         return tuple(Tensor(v, ms.float32) for v in values)
 
-    def construct(self, gradients, rate: Tensor, eps: Tensor, decay: Tensor) -> Tensor:
+    def construct(self, gradients, lr: Tensor, shrink: Tensor, power1: Tensor, power2: Tensor, eps: Tensor) -> Tensor:
         """One update; the scalars are those of `scalars`."""
         for i in range(len(self.parameters)):
-            self.update(
-                self.parameters[i],
-                self.first[i],
-                self.second[i],
-                rate,
-                self.beta1,
-                self.beta2,
-                eps,
-                decay if self.decays[i] else self.none,
-                gradients[i],
+            weight = self.parameters[i]
+            if self.decays[i]:
+                ops.assign(weight, weight * shrink)
+            self.adam(
+                weight, self.first[i], self.second[i], power1, power2, lr, self.beta1, self.beta2, eps, gradients[i]
             )
-        return rate
+        return lr
 
     def state(self) -> dict[str, np.ndarray]:
         """Moments by parameter name."""

@@ -94,7 +94,7 @@ class _Update(nn.Cell):
         super().__init__()
         self.optimizer, self.clip, self.scaled = optimizer, clip, scaled
 
-    def construct(self, loss, gradients, factor, rate, eps, decay):
+    def construct(self, loss, gradients, factor, scalars):
         """`factor` is what gradients are multiplied with first, where anything asks for it."""
         if self.scaled:
             gradients = [g * factor for g in gradients]
@@ -107,7 +107,7 @@ class _Update(nn.Cell):
         else:
             finite = ops.isfinite(all_sums(gradients) + loss)
         if finite:
-            self.optimizer(gradients, rate, eps, decay)
+            self.optimizer(gradients, *scalars)
         return finite, norm
 
 
@@ -118,9 +118,9 @@ class _WholeStep(nn.Cell):
         super().__init__()
         self.gradients, self.update = gradients, update
 
-    def construct(self, scale, factor, rate, eps, decay, *inputs):
+    def construct(self, scale, factor, scalars, *inputs):
         loss, losses, gradients = self.gradients(scale, *inputs)
-        finite, norm = self.update(loss, gradients, factor, rate, eps, decay)
+        finite, norm = self.update(loss, gradients, factor, scalars)
         return loss, losses, finite, norm
 
 
@@ -145,9 +145,9 @@ class _UpdateFromBuffers(nn.Cell):
         super().__init__()
         self.update, self.buffers = update, buffers
 
-    def construct(self, loss, factor, rate, eps, decay):
+    def construct(self, loss, factor, scalars):
         gradients = [b * 1.0 for b in self.buffers]
-        finite, norm = self.update(loss, gradients, factor, rate, eps, decay)
+        finite, norm = self.update(loss, gradients, factor, scalars)
         for i in range(len(self.buffers)):
             ops.assign(self.buffers[i], ops.zeros_like(self.buffers[i]))
         return finite, norm
@@ -188,15 +188,15 @@ class TrainStep:
         """
         scale = Tensor(self.scaler.scale, ms.float32)
         factor = Tensor(1 / (self.scaler.scale * self.accumulate), ms.float32)
-        scalars = self.optimizer.scalars(lr, update)
+        scalars = ms.mutable(self.optimizer.scalars(lr, update))
         if self.accumulate == 1:
-            loss, losses, finite, norm = self.whole(scale, factor, *scalars, *map(Tensor, parts[0]))
+            loss, losses, finite, norm = self.whole(scale, factor, scalars, *map(Tensor, parts[0]))
             loss, losses = float(loss.asnumpy()), losses.asnumpy()
         else:
             results = [self.part(scale, *map(Tensor, part)) for part in parts]
             loss = float(np.mean([r[0].asnumpy() for r in results]))
             losses = np.mean([r[1].asnumpy() for r in results], axis=0)
-            finite, norm = self.finish(Tensor(loss, ms.float32), factor, *scalars)
+            finite, norm = self.finish(Tensor(loss, ms.float32), factor, scalars)
         finite = bool(finite.asnumpy())
         self.scaler.update(finite)
         return StepResult(loss, losses, finite, float(norm.asnumpy()) if self.clip is not None else None)
