@@ -28,6 +28,17 @@ def zeros_like(parameters, prefix: str) -> ParameterTuple:
     )
 
 
+# A map over parameters, not a loop: graph mode unrolls a loop into calls nested too deep for a large model.
+_update = ops.MultitypeFuncGraph("update")
+
+
+@_update.register("Function", *["Tensor"] * 11, "Bool")
+def _update_one(adam, lr, shrink, power1, power2, beta1, beta2, eps, weight, first, second, gradient, decay):
+    if decay:
+        ops.assign(weight, weight * shrink)
+    return adam(weight, first, second, power1, power2, lr, beta1, beta2, eps, gradient)
+
+
 class AdamW(nn.Cell):
     """Updates `parameters` in place.
 
@@ -42,10 +53,11 @@ class AdamW(nn.Cell):
         self.parameters = ParameterTuple(parameters.values())
         self.first = zeros_like(self.parameters, "first")
         self.second = zeros_like(self.parameters, "second")
-        self.decays = [decays(n, p) for n, p in parameters.items()]
+        self.decays = tuple(decays(n, p) for n, p in parameters.items())
         self.betas, self.eps, self.weight_decay = tuple(betas), eps, weight_decay
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
         self.adam = ops.Adam()
+        self.map_ = ops.HyperMap()
 
     def scalars(self, lr: float, update: int) -> tuple[Tensor, ...]:
         """What `construct` needs beside gradients, for the update number `update`, counted from 1."""
@@ -55,13 +67,8 @@ class AdamW(nn.Cell):
 
     def construct(self, gradients, lr: Tensor, shrink: Tensor, power1: Tensor, power2: Tensor, eps: Tensor) -> Tensor:
         """One update; the scalars are those of `scalars`."""
-        for i in range(len(self.parameters)):
-            weight = self.parameters[i]
-            if self.decays[i]:
-                ops.assign(weight, weight * shrink)
-            self.adam(
-                weight, self.first[i], self.second[i], power1, power2, lr, self.beta1, self.beta2, eps, gradients[i]
-            )
+        update = ops.partial(_update, self.adam, lr, shrink, power1, power2, self.beta1, self.beta2, eps)
+        self.map_(update, self.parameters, self.first, self.second, gradients, self.decays)
         return lr
 
     def state(self) -> dict[str, np.ndarray]:

@@ -69,22 +69,39 @@ class _Gradients(nn.Cell):
         return loss, losses, gradients
 
 
-def all_sums(tensors) -> Tensor:
-    """The sum of everything, as products with ones: not finite when anything in it is not."""
-    total = Tensor(0.0, ms.float32)
-    for x in tensors:
-        rows = x.reshape(-1, x.shape[-1])
-        columns = ops.matmul(ops.ones((1, rows.shape[0]), x.dtype), rows)  # [1, n]
-        total = total + ops.matmul(columns, ops.ones((x.shape[-1], 1), x.dtype)).reshape(())
-    return total
+# Maps over gradients, not loops: graph mode unrolls a loop into calls nested too deep for a large model.
+_sum = ops.MultitypeFuncGraph("sum")
+_square = ops.MultitypeFuncGraph("square")
+_times = ops.MultitypeFuncGraph("times")
+_add_to = ops.MultitypeFuncGraph("add_to")
+_clear = ops.MultitypeFuncGraph("clear")
 
 
-def sum_of_squares(tensors) -> Tensor:
-    """Squared global norm."""
-    total = Tensor(0.0, ms.float32)
-    for x in tensors:
-        total = total + 2 * ops.L2Loss()(x)
-    return total
+@_sum.register("Tensor")
+def _sum_one(x):
+    rows = x.reshape(-1, x.shape[-1])
+    columns = ops.matmul(ops.ones((1, rows.shape[0]), x.dtype), rows)  # [1, n]
+    return ops.matmul(columns, ops.ones((x.shape[-1], 1), x.dtype)).reshape(())
+
+
+@_square.register("Tensor")
+def _square_one(x):
+    return 2 * ops.L2Loss()(x)
+
+
+@_times.register("Tensor", "Tensor")
+def _times_one(factor, x):
+    return x * factor
+
+
+@_add_to.register("Tensor", "Tensor")
+def _add_to_one(buffer, x):
+    return ops.assign_add(buffer, x)
+
+
+@_clear.register("Tensor")
+def _clear_one(buffer):
+    return ops.assign(buffer, ops.zeros_like(buffer))
 
 
 class _Update(nn.Cell):
@@ -93,19 +110,20 @@ class _Update(nn.Cell):
     def __init__(self, optimizer: AdamW, clip: float | None, scaled: bool):
         super().__init__()
         self.optimizer, self.clip, self.scaled = optimizer, clip, scaled
+        self.map_ = ops.HyperMap()
 
     def construct(self, loss, gradients, factor, scalars):
         """`factor` is what gradients are multiplied with first, where anything asks for it."""
         if self.scaled:
-            gradients = [g * factor for g in gradients]
+            gradients = self.map_(ops.partial(_times, factor), gradients)
         norm = Tensor(0.0, ms.float32)
         if self.clip is not None:
-            norm = ops.sqrt(sum_of_squares(gradients))
+            norm = ops.sqrt(ops.addn(self.map_(_square, gradients)))
             finite = ops.isfinite(norm + loss)
             shrink = ops.minimum(self.clip / (norm + 1e-6), Tensor(1.0, ms.float32))
-            gradients = [g * shrink for g in gradients]
-        else:
-            finite = ops.isfinite(all_sums(gradients) + loss)
+            gradients = self.map_(ops.partial(_times, shrink), gradients)
+        else:  # a sum of everything, as products with ones, is not finite when anything in it is not
+            finite = ops.isfinite(ops.addn(self.map_(_sum, gradients)) + loss)
         if finite:
             self.optimizer(gradients, *scalars)
         return finite, norm
@@ -130,11 +148,11 @@ class _Accumulate(nn.Cell):
     def __init__(self, gradients: _Gradients, buffers):
         super().__init__()
         self.gradients, self.buffers = gradients, buffers
+        self.map_ = ops.HyperMap()
 
     def construct(self, scale, *inputs):
         loss, losses, gradients = self.gradients(scale, *inputs)
-        for i in range(len(self.buffers)):
-            ops.assign_add(self.buffers[i], gradients[i])
+        self.map_(_add_to, self.buffers, gradients)
         return loss, losses
 
 
@@ -144,12 +162,11 @@ class _UpdateFromBuffers(nn.Cell):
     def __init__(self, update: _Update, buffers):
         super().__init__()
         self.update, self.buffers = update, buffers
+        self.map_ = ops.HyperMap()
 
     def construct(self, loss, factor, scalars):
-        gradients = [b * 1.0 for b in self.buffers]
-        finite, norm = self.update(loss, gradients, factor, scalars)
-        for i in range(len(self.buffers)):
-            ops.assign(self.buffers[i], ops.zeros_like(self.buffers[i]))
+        finite, norm = self.update(loss, self.buffers, factor, scalars)
+        self.map_(_clear, self.buffers)
         return finite, norm
 
 
