@@ -2,8 +2,8 @@
 
 Prints one JSON line: step_s (median), images_per_s, compile_s and peak_rss_mb; with a peer the same under `peer`, and
 `ratio`, our median by the peer's. Steps alternate in one run, so that both meet the same noise. Both sides use this
-project's optimizer and finite check; inputs are random, made before the clock starts. Each side is built and compiled in
-a process of its own, so that compile_s and peak_rss_mb are its own; the processes take turns.
+project's optimizer and finite check; inputs are random, made before the clock starts. Each side is built and compiled
+in a process of its own, so that compile_s and peak_rss_mb are its own; the processes take turns.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def main() -> int:
     pipes, processes, results = {}, [], {}
     for name, build in sides.items():
         pipes[name], theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, build, argv, arguments.batch_size, arguments.device_target))
+        process = context.Process(
+            target=serve, args=(theirs, build, argv, arguments.batch_size, arguments.device_target)
+        )
         process.start()
         theirs.close()
         processes.append(process)

@@ -9,6 +9,8 @@ import gc
 import sys
 from typing import Callable
 
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
 from localmim.errors import RunError, UserError
 
 
@@ -28,3 +30,24 @@ def run(main: Callable[[list[str]], object], argv: list[str] | None = None) -> i
         return 1
     finally:
         gc.collect()  # MindSpore's cells complain when they are freed at interpreter exit
+
+
+def commands(prog: str, description: str) -> tuple[ArgumentParser, Callable[..., ArgumentParser]]:
+    """A parser with sub-commands, and a function (name, help) that adds one and returns its parser."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    group = parser.add_subcommands(dest="command")
+
+    def add(name: str, help: str) -> ArgumentParser:
+        command = ArgumentParser(description=help, exit_on_error=False)
+        group.add_subcommand(name, command, help=help)
+        return command
+
+    return parser, add
+
+
+def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """Parsed arguments; what is wrong with them becomes one line (UserError)."""
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error

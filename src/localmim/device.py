@@ -43,5 +43,7 @@ def compute_dtype(precision: str, device: str):
         UserError: bf16 on a CPU, which MindSpore cannot multiply.
     """
     if precision == "bf16" and device == "CPU":
-        raise UserError("precision bf16 does not work on a CPU: MindSpore has no bfloat16 matrix product there; use fp32")
+        raise UserError(
+            "precision bf16 does not work on a CPU: MindSpore has no bfloat16 matrix product there; use fp32"
+        )
     return {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}[precision]

@@ -115,9 +115,9 @@ def test_command_line(tmp_path, capsys):
     """Exit code 0 with the folder named, and 2 with one line for a wrong value."""
     root = str(tmp_path / "set")
     small = ["--size", "32", "--train_per_class", "1", "--val_per_class", "0", "--progress", "false"]
-    assert main(["--root", root, *small]) == 0
+    assert cli.run(main, ["--root", root, *small]) == 0
     assert root in capsys.readouterr().out
-    assert main(["--root", root, *small, "--seed", "-1"]) == 2
+    assert cli.run(main, ["--root", root, *small, "--seed", "-1"]) == 2
     assert capsys.readouterr().err == "error: seed: -1 is too small, expected at least 0\n"
 
 

@@ -16,7 +16,7 @@ from localmim.errors import UserError
 @pytest.fixture(scope="module")
 def packed(tree, tmp_path_factory):
     target = tmp_path_factory.mktemp("packed") / "set"
-    assert main(["pack", "--src", str(tree), "--dst", str(target), "--shards", "3"]) == 0
+    assert cli.run(main, ["pack", "--src", str(tree), "--dst", str(target), "--shards", "3"]) == 0
     return target
 
 
@@ -81,10 +81,13 @@ def test_unreadable_files_are_left_out(tmp_path, capsys):
         cv2.imwrite(str(source / f"{k}.jpg"), draw(k, 60, 90))
     (source / "2.jpg").write_text("no image")
     cv2.imwrite(str(source / "6.webp"), draw(6, 20, 30))
-    assert main(["verify", "--dir", str(source)]) == 1
+    assert cli.run(main, ["verify", "--dir", str(source)]) == 1
     assert "2.jpg: not a known image format" in capsys.readouterr().out
     assert (
-        main(["pack", "--src", str(source), "--dst", str(tmp_path / "set"), "--short-side", "40", "--shards", "2"]) == 0
+        cli.run(
+            main, ["pack", "--src", str(source), "--dst", str(tmp_path / "set"), "--short-side", "40", "--shards", "2"]
+        )
+        == 0
     )
     assert "1 unreadable" in capsys.readouterr().out
     packed = open_source(str(tmp_path / "set"))
@@ -92,7 +95,7 @@ def test_unreadable_files_are_left_out(tmp_path, capsys):
     shapes = {cv2.imdecode(packed[i], cv2.IMREAD_COLOR).shape[:2] for i in range(5)}
     assert shapes == {(40, 60)}
     assert bytes(packed[5][:4]) == b"\x89PNG"  # smaller than asked: not enlarged, but in a format MindData knows
-    assert main(["verify", "--dir", str(tmp_path / "set")]) == 0
+    assert cli.run(main, ["verify", "--dir", str(tmp_path / "set")]) == 0
 
 
 def test_nothing_half_written(tree, tmp_path, monkeypatch):
@@ -119,7 +122,7 @@ def test_wrong_arguments(tree, packed, tmp_path, capsys):
         (["--src", str(tree), "--dst", str(tmp_path / "x"), "--quality", "0"], "expected 1 to 100"),
         (["--src", str(tree), "--dst", str(tmp_path / "x"), "--shrads", "2"], "--shrads"),
     ]:
-        assert main(["pack", *arguments]) == 2
+        assert cli.run(main, ["pack", *arguments]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error and error.count("\n") == 0
     assert before == {file.name: file.read_bytes() for file in packed.iterdir()}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 from typing import Optional
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from localmim import cli
 from localmim.data.pack import pack, verify
-from localmim.errors import UserError
+from localmim.errors import RunError
 
 PACK = """Write the images of a data set as MindRecord shards.
 JPEG and PNG files are stored byte for byte, other formats become PNG. Unreadable images are named and left out."""
@@ -22,10 +23,8 @@ DATA_SET = "a folder of images or of class folders, a list file, or CIFAR binari
 
 def build_parser() -> ArgumentParser:
     """The command line: `pack` and `verify` with their arguments."""
-    parser = ArgumentParser(prog="python -m localmim.data", description="Prepare image data sets.", exit_on_error=False)
-    commands = parser.add_subcommands(dest="command")
-
-    command = ArgumentParser(description=PACK, exit_on_error=False)
+    parser, add = cli.commands("python -m localmim.data", "Prepare image data sets.")
+    command = add("pack", PACK)
     command.add_argument("--src", metavar="DIR", type=str, required=True, help=f"data set to pack: {DATA_SET}")
     command.add_argument(
         "--dst",
@@ -42,33 +41,27 @@ def build_parser() -> ArgumentParser:
         help="shrink larger images to this many pixels on their short side, as JPEG",
     )
     command.add_argument("--quality", metavar="Q", type=int, default=95, help="JPEG quality of shrunk images, 1 to 100")
-    commands.add_subcommand("pack", command, help=PACK.split("\n")[0])
-
-    command = ArgumentParser(description=VERIFY, exit_on_error=False)
+    command = add("verify", VERIFY)
     command.add_argument("--dir", metavar="DIR", type=str, required=True, help=f"{DATA_SET}, or a MindRecord set")
     command.add_argument("--in-chans", metavar="C", type=int, default=3, help="channels that the images must have")
-    commands.add_subcommand("verify", command, help=VERIFY.split(";")[0])
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    try:
-        arguments = build_parser().parse_args(argv)
-        if arguments.command == "pack":
-            left_out = pack(**arguments.pack.as_dict())
-            print(f"written: {arguments.pack.dst}; {len(left_out)} unreadable images were left out")
-            return 0
-        unreadable = 0
-        for line in verify(**arguments.verify.as_dict()):
-            print(line)
-            unreadable += 1
-        print(f"{unreadable} unreadable images in {arguments.verify.dir}")
-        return 1 if unreadable else 0
-    except (ArgumentError, UserError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> None:
+    """Runs one command."""
+    arguments = cli.parse(build_parser(), argv)
+    if arguments.command == "pack":
+        left_out = pack(**arguments.pack.as_dict())
+        print(f"written: {arguments.pack.dst}; {len(left_out)} unreadable images were left out")
+        return
+    unreadable = 0
+    for line in verify(**arguments.verify.as_dict()):
+        print(line)
+        unreadable += 1
+    print(f"{unreadable} unreadable images in {arguments.verify.dir}")
+    if unreadable:
+        raise RunError(f"{unreadable} unreadable images")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -22,8 +22,10 @@ from typing import Callable
 
 import cv2
 import numpy as np
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from localmim import cli
 from localmim.errors import UserError
 
 MARKER = "builtin.json"  # lies in a finished folder and holds the parameters it was drawn with
@@ -604,18 +606,21 @@ def _finished(root: Path, wanted: dict, counts: dict[str, int]) -> bool:
     return True
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    from jsonargparse import CLI
-
-    try:
-        root = CLI(write_builtin_images, args=args, as_positional=False, description="Draws the built-in demo images.")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"built-in images: {root}")
-    return 0
+def main(argv: list[str]) -> None:
+    """Command line."""
+    parser = ArgumentParser(
+        prog="python -m localmim.data.builtin", description="Draws the demo's images.", exit_on_error=False
+    )
+    parser.add_argument("--root", metavar="DIR", type=str, required=True, help="folder to write, with train/ and val/")
+    parser.add_argument("--size", metavar="PX", type=int, default=96, help="side of an image")
+    parser.add_argument(
+        "--train-per-class", metavar="N", type=int, default=400, help="images of each of the ten classes"
+    )
+    parser.add_argument("--val-per-class", metavar="N", type=int, default=100, help="images of each class under val/")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="another one draws other images")
+    arguments = cli.parse(parser, argv).as_dict()
+    print(f"built-in images: {write_builtin_images(arguments.pop('root'), **arguments)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

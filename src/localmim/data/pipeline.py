@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Callable, NamedTuple
@@ -263,9 +263,16 @@ class TrainPipeline:
 
 
 def eval_batches(
-    source: Source, config: DataConfig, image_size: tuple[int, int], in_chans: int, batch_size: int
+    source: Source,
+    config: DataConfig,
+    image_size: tuple[int, int],
+    in_chans: int,
+    batch_size: int,
+    samples: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every image once, in order, the last batch possibly short: bicubic resize, centre crop, normalise.
+    """Every image (or those of `samples`) once, in order: bicubic resize, centre crop, normalise.
+
+    The last batch may be short.
 
     The image is scaled so that it just covers 256/224 of the crop in both directions; one that has exactly the crop's
     size already is taken as it is. Unreadable images are named in the log and left out of the batches.
@@ -275,10 +282,12 @@ def eval_batches(
         image_size: (height, width) of the crop, pixels.
         in_chans: channels C.
         batch_size: images a batch.
+        samples: numbers of the images wanted; None: all.
 
     Raises:
         UserError: more unreadable images than `data.max_bad_share`.
     """
+    samples = range(len(source)) if samples is None else [int(i) for i in samples]
     mean, std = resolve_mean_std(config, in_chans)
     workers = resolve_workers(config.workers)
     bad = BadImages(source, config.max_bad_share, len(source))
@@ -300,7 +309,7 @@ def eval_batches(
         ids = np.asarray([sample for sample, _ in kept], np.int32)
         return Batch(np.stack([image for _, image in kept]).astype(np.float32), ids, source.labels[ids])
 
-    for sample, image in ordered_map(prepare, source.loaders(range(len(source))), workers):
+    for sample, image in ordered_map(prepare, source.loaders(samples), workers):
         if image is None:
             bad.add(sample, in_chans, "it is left out")
             continue

@@ -1,4 +1,4 @@
-"""`python -m localmim.evaluation knn --ckpt RUN --data-dir DIR`: weighted k-NN of frozen features, trained and untrained.
+"""`python -m localmim.evaluation knn --ckpt RUN --data-dir DIR`: weighted k-NN of features, trained and untrained.
 
 DIR holds class folders under train/ and val/. The network untrained is the same recipe with fresh weights, so the two
 figures tell what pre-training added.
@@ -7,25 +7,16 @@ figures tell what pre-training added.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only. Before it is imported
-
-import mindspore as ms
-from jsonargparse import ArgumentParser
-
 from localmim import cli
-from localmim.config import config_from_dict
-from localmim.convert.load import load_weights
 from localmim.data.sources import open_source
 from localmim.device import set_device
 from localmim.errors import UserError
 from localmim.evaluation.features import extract_features
 from localmim.evaluation.knn import weighted_knn
-from localmim.training.build import build_model
-from localmim.training.checkpoint import read_checkpoint
+from localmim.training.restore import restore, untrained_model
 
 
 def knn(ckpt: str, data_dir: str, k: int = 20, temperature: float = 0.07, device: str = "auto", out: str = "") -> dict:
@@ -39,27 +30,21 @@ def knn(ckpt: str, data_dir: str, k: int = 20, temperature: float = 0.07, device
         device: auto, CPU, GPU or Ascend.
         out: JSON file for the result; empty: none.
     """
-    checkpoint = read_checkpoint(ckpt)
-    config = config_from_dict(checkpoint.config)
     set_device(device)
-    ms.set_seed(config.seed)
-    model = build_model(config)
-    encoder = model.encoder
-    sources = [open_source(str(Path(data_dir) / part), "folder", encoder.in_chans) for part in ("train", "val")]
-    for source in sources:
-        if not source.class_names:
-            raise UserError(f"{data_dir}: expected class folders under train/ and val/")
-    result = {"step": checkpoint.step}
-    for state in ("untrained", "trained"):
-        if state == "trained":
-            load_weights(model, checkpoint.weights())
+    config, trained, step = restore(ckpt)
+    in_chans = trained.encoder.in_chans
+    sources = [open_source(str(Path(data_dir) / part), "folder", in_chans) for part in ("train", "val")]
+    if not all(source.class_names for source in sources):
+        raise UserError(f"{data_dir}: expected class folders under train/ and val/")
+    result = {"step": step}
+    for state, model in (("untrained", untrained_model(config)), ("trained", trained)):
         (train, train_labels), (val, val_labels) = [
-            extract_features(encoder, s, config.data, label=f"{state}, {part}")
+            extract_features(model.encoder, s, config.data, label=f"{state}, {part}")
             for s, part in zip(sources, ("train", "val"))
         ]
         result[state] = weighted_knn(train, train_labels, val, val_labels, k, temperature)
     print(
-        f"weighted {k}-NN on {len(sources[1])} images, top-1: {result['trained']['top1']:.1f} % after {checkpoint.step} "
+        f"weighted {k}-NN on {len(sources[1])} images, top-1: {result['trained']['top1']:.1f} % after {step} "
         f"steps of pre-training, {result['untrained']['top1']:.1f} % with the same network untrained"
     )
     if out:
@@ -69,13 +54,19 @@ def knn(ckpt: str, data_dir: str, k: int = 20, temperature: float = 0.07, device
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = ArgumentParser(prog="python -m localmim.evaluation", description=__doc__.splitlines()[0])
-    commands = parser.add_subcommands(required=True)
-    command = ArgumentParser(description="weighted k-NN of frozen features")
-    command.add_function_arguments(knn)
-    commands.add_subcommand("knn", command)
-    arguments = parser.parse_args(argv)
-    knn(**vars(arguments.knn))
+    parser, add = cli.commands("python -m localmim.evaluation", "Measures an encoder.")
+    command = add("knn", "weighted k-NN of frozen features, trained and untrained")
+    command.add_argument("--ckpt", metavar="RUN", type=str, required=True, help="a run, a checkpoint or a weights file")
+    command.add_argument(
+        "--data-dir", metavar="DIR", type=str, required=True, help="class folders under train/ and val/"
+    )
+    command.add_argument("--k", metavar="K", type=int, default=20, help="neighbours that vote")
+    command.add_argument(
+        "--temperature", metavar="T", type=float, default=0.07, help="a vote weighs exp(similarity / T)"
+    )
+    command.add_argument("--device", type=str, default="auto", help="auto, CPU, GPU or Ascend")
+    command.add_argument("--out", metavar="FILE", type=str, default="", help="JSON file for the result")
+    knn(**cli.parse(parser, argv).knn.as_dict())
 
 
 if __name__ == "__main__":

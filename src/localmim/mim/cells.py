@@ -1,8 +1,9 @@
 """Cells of a patch: how a prediction at scale s lines up with the patches, the target and the mask.
 
-At scale s >= 1 a patch holds s x s cells, at scale 1/2 a cell covers 2 x 2 patches. Predictions are made for hidden patches
-only and come as rows: [B, M, s*s*D] for s >= 1, the cells of a patch in *nested* order (the two halves first, then the
-halves of each half: what two transposed convolutions with kernel = stride = 2 produce), and [B, L/4, D] for s = 1/2.
+At scale s >= 1 a patch holds s x s cells, at scale 1/2 a cell covers 2 x 2 patches. Predictions are made for hidden
+patches only and come as rows: [B, M, s*s*D] for s >= 1, the cells of a patch in *nested* order (the two halves first,
+then the halves of each half: what two transposed convolutions with kernel = stride = 2 produce), and [B, L/4, D] for
+s = 1/2.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def coarse_weights(ids_restore: Tensor, keep: int, grid: tuple[int, int]) -> Ten
 
 
 def rows_to_grid(rows: np.ndarray, scale: float, ids_mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Predicted rows back on the grid of cells, for pictures and checks: [B, hs, ws, D], NaN where nothing is predicted."""
+    """Predicted rows back on the grid of cells, for pictures and checks: [B, hs, ws, D], NaN where there is none."""
     B, (h, w) = rows.shape[0], grid
     if scale < 1:
         return rows.reshape(B, h // 2, w // 2, -1)

@@ -7,8 +7,8 @@ Equal to the authors' decoder where the loss reads it, with less work:
 * A hidden token is the mask token plus its position code: the same L rows in every image. They pass the first block's
   norm and projection once a batch, not once an image.
 * The last block computes rows of hidden patches only (all patches at scale 1/2, whose cells mix hidden and visible).
-* Transposed convolutions with kernel = stride are matrix products, and two linear layers in a row are one: their weights
-  are multiplied first.
+* Transposed convolutions with kernel = stride are matrix products, and two linear layers in a row are one: their
+  weights are multiplied first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from localmim.models.layers import (
 
 
 class Conv(nn.Cell):
-    """Weights of a 1x1 convolution [out, in, 1, 1] or a transposed 2x2 one [in, out, 2, 2], with PyTorch's default init.
+    """Weights of a 1x1 convolution [out, in, 1, 1] or a transposed 2x2 one [in, out, 2, 2], PyTorch's default init.
 
     It has no forward pass of its own: heads read the weights as matrices.
     """
@@ -80,7 +80,9 @@ class FineHead(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         B, M, d = x.shape
         weight, bias = self.up1.as_quads()  # [4, d/2, d], [1, d/2]
-        x = self.project(x, weight.reshape(-1, d), ops.tile(bias.reshape(-1), (4,)), self.compute_dtype)  # [B, M, 4*d/2]
+        x = self.project(
+            x, weight.reshape(-1, d), ops.tile(bias.reshape(-1), (4,)), self.compute_dtype
+        )  # [B, M, 4*d/2]
         x = self.act(self.norm(x.reshape(B, M * 4, d // 2)))
         weight, bias = after_quads(self.up2.as_quads(), self.out.as_linear())  # [4*D, d/2], [4*D]
         return self.project(x, weight, bias, self.compute_dtype).reshape(B, M, -1)

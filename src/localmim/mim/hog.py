@@ -1,12 +1,12 @@
 """Histograms of oriented gradients as a graph-mode Cell: the target of LocalMIM and MaskFeat.
 
-Definition (Wang et al., LocalMIM, CVPR 2023, after Dalal and Triggs, CVPR 2005), for each channel of the normalised image:
-Sobel gradients on the reflect-padded image, orientation folded modulo pi into `nbins` hard bins (no interpolation),
-magnitudes averaged over each cell, L2-normalised over the bins of a cell. No block normalisation.
+Definition (Wang et al., LocalMIM, CVPR 2023, after Dalal and Triggs, CVPR 2005), for each channel of the normalised
+image: Sobel gradients on the reflect-padded image, orientation folded modulo pi into `nbins` hard bins (no
+interpolation), magnitudes averaged over each cell, L2-normalised over the bins of a cell. No block normalisation.
 
-The authors run this once a scale, with a convolution, a scatter into a per-pixel histogram and a pooling. Here the pixels
-are read once for all cell sizes: gradients by shifted differences, magnitudes summed straight into the finest cells, and
-coarser cells from those. In exact arithmetic that is the same.
+The authors run this once a scale, with a convolution, a scatter into a per-pixel histogram and a pooling. Here the
+pixels are read once for all cell sizes: gradients by shifted differences, magnitudes summed straight into the finest
+cells, and coarser cells from those. In exact arithmetic that is the same.
 
 `bias` is not a feature of the method. The authors' larger recipes leave the convolution's random default bias switched
 on, frozen, another one for each cell size; their targets cannot be reproduced without it. Each cell size then needs its
@@ -43,7 +43,7 @@ class Hog(nn.Cell):
         if not cells or min(cells) < 1 or nbins < 1:
             raise ValueError(f"HOG needs cell sizes and nbins of at least 1, got cells {list(cells)} and nbins {nbins}")
         self.cell_sizes, self.nbins = cells, int(nbins)
-        self.finest = reduce(math.gcd, cells)
+        self.sizes, self.pooling = pooling_plan(cells)
         self.pad = nn.ReflectionPad2d(1)
         self.bias = None
         if bias is not None:
@@ -58,9 +58,11 @@ class Hog(nn.Cell):
         gx, gy = self.gradients(ops.stop_gradient(images).astype(ms.float32))
         outputs = []
         if self.bias is None:
-            fine = self.histogram(gx, gy, self.finest)
+            levels = [self.histogram(gx, gy, self.sizes[0])]
+            for source, ratio in self.pooling:
+                levels.append(pool(levels[source], ratio))
             for cell in self.cell_sizes:
-                outputs.append(self.normalise(pool(fine, cell // self.finest)))
+                outputs.append(self.normalise(levels[self.sizes.index(cell)]))
         else:
             for k in range(len(self.cell_sizes)):
                 sums = self.histogram(gx + self.bias[k, 0], gy + self.bias[k, 1], self.cell_sizes[k])
@@ -75,7 +77,9 @@ class Hog(nn.Cell):
             raise ValueError(f"HOG needs images of at least 2x2 pixels, got {shape[2]}x{shape[3]}")
         for cell in self.cell_sizes:
             if shape[2] % cell != 0 or shape[3] % cell != 0:
-                raise ValueError(f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG cells of {cell} px")
+                raise ValueError(
+                    f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG cells of {cell} px"
+                )
 
     def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Sobel differences, left minus right and top minus bottom: [B, C, H, W] -> two of the same shape."""
@@ -84,19 +88,24 @@ class Hog(nn.Cell):
         cols = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]  # [B, C, H+2, W]
         return rows[..., :-2] - rows[..., 2:], cols[:, :, :-2] - cols[:, :, 2:]
 
-    def bins(self, gx: Tensor, gy: Tensor) -> Tensor:
-        """Orientation bin of each pixel, int32: floor(atan2(gx, gy) / pi * nbins) modulo nbins."""
-        b = ops.floor(ops.atan2(gx, gy) / math.pi * self.nbins)  # -nbins .. nbins
-        return (b - ops.floor(b / self.nbins) * self.nbins).astype(ms.int32)
+    def bins(self, gx: Tensor, gy: Tensor, magnitude: Tensor) -> Tensor:
+        """Orientation bin of each pixel, int32: floor(atan2(gx, gy) / pi * nbins) modulo nbins.
+
+        Modulo a half turn atan2(gx, gy) is atan(gx / gy), which is quicker; where both are 0 any bin will do.
+        """
+        flat = (magnitude == 0).astype(ms.float32)
+        b = ops.floor(ops.atan(gx / (gy + flat)) / math.pi * self.nbins)  # -nbins/2 .. nbins/2
+        return (b + (b < 0).astype(ms.float32) * self.nbins).astype(ms.int32)
 
     def histogram(self, gx: Tensor, gy: Tensor, cell: int) -> Tensor:
         """Mean magnitude a bin in each cell: two [B, C, H, W] -> [B, H/cell, W/cell, C, nbins]."""
         B, C, H, W = gx.shape
         h, w, n = H // cell, W // cell, self.nbins
         first = Tensor(first_bin(B, C, H, W, cell, n))  # [B, C, H, W]
-        magnitude = ops.sqrt(gx * gx + gy * gy) * (1.0 / cell**2)
-        ids = (self.bins(gx, gy) + first).reshape(-1)
-        return ops.unsorted_segment_sum(magnitude.reshape(-1), ids, B * h * w * C * n).reshape(B, h, w, C, n)
+        magnitude = ops.sqrt(gx * gx + gy * gy)
+        ids = (self.bins(gx, gy, magnitude) + first).reshape(-1)
+        sums = ops.unsorted_segment_sum(magnitude.reshape(-1), ids, B * h * w * C * n)
+        return sums.reshape(B, h, w, C, n) * (1.0 / cell**2)
 
     def normalise(self, x: Tensor) -> Tensor:
         """L2 norm 1 over the bins of each cell, dividing by at least 1e-12."""
@@ -105,10 +114,24 @@ class Hog(nn.Cell):
         return x / ops.maximum(norm, 1e-12).reshape(x.shape[:-1] + (1,))
 
 
+def pooling_plan(cells: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:
+    """How coarser cells come from finer ones.
+
+    Returns:
+        The sizes of all levels, the finest first (it divides all others), and for each level after it the place of the
+        level that it is pooled from and by how much.
+    """
+    sizes = [reduce(math.gcd, cells)]
+    steps = []
+    for cell in sorted(set(cells) - set(sizes)):
+        source = max(i for i in range(len(sizes)) if cell % sizes[i] == 0)
+        steps.append((source, cell // sizes[source]))
+        sizes.append(cell)
+    return sizes, steps
+
+
 def pool(x: Tensor, r: int) -> Tensor:
     """Mean over r x r cells: [B, h, w, C, n] -> [B, h/r, w/r, C, n]."""
-    if r == 1:
-        return x
     B, h, w, C, n = x.shape
     return x.reshape(B, h // r, r, w // r, r, C, n).mean(axis=(2, 4))
 

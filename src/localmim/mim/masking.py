@@ -53,7 +53,7 @@ def num_visible(num_patches: int, ratio: float) -> int:
 
 
 def mask_from_noise(noise: np.ndarray, keep: int) -> TokenMask:
-    """The MAE family's rule: the `keep` patches with the smallest noise stay, in ascending order of it. noise [B, L]."""
+    """MAE's rule: the `keep` patches with the smallest noise stay, in ascending order of it. noise [B, L]."""
     ids_shuffle = np.argsort(noise, axis=1, kind="stable").astype(np.int32)
     return mask_from_shuffle(ids_shuffle, keep)
 

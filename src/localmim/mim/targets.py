@@ -44,7 +44,7 @@ class PixelTarget(nn.Cell):
     Args:
         cells: Cell sides in pixels, one a scale.
         in_chans: Image channels.
-        normalise: Subtract each cell's mean and divide by sqrt(variance + 1e-6), over all its values; unbiased variance.
+        normalise: Subtract each cell's mean and divide by sqrt(variance + 1e-6) of all its values; unbiased variance.
     """
 
     def __init__(self, cells: Sequence[int], in_chans: int = 3, normalise: bool = True):

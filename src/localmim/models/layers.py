@@ -183,7 +183,7 @@ class Mlp(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """Multi-head attention with one fused projection `qkv` (q, then k, then v along its rows), which the caller applies."""
+    """Multi-head attention; the caller applies the fused projection `qkv` (q, then k, then v along its rows)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

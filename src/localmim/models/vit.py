@@ -92,5 +92,3 @@ class VisionTransformer(nn.Cell):
     def features(self, images: Tensor) -> Tensor:
         """Mean of the last block's patch tokens, all patches visible: [B, C, H, W] -> [B, D]."""
         return self.block_outputs(images)[-1][:, 1:].mean(axis=1)
-
-

@@ -1,5 +1,7 @@
-"""The pre-training loop. Everything that is random is a function of (seed, epoch, sample), so a run that was killed goes on
-from its newest checkpoint as if nothing had happened, bit for bit on the same machine.
+"""The pre-training loop.
+
+Everything that is random is a function of (seed, epoch, sample), so a run that was killed goes on from its newest
+checkpoint as if nothing had happened, bit for bit on the same machine.
 """
 
 from __future__ import annotations
@@ -113,9 +115,7 @@ class Pretraining:
             "scaler": self.scaler.state(),
             "data": self.pipeline.state(),
         }
-        return self.store.save(
-            self.step, weights_of(self.model), self.optimizer.state(), state, self.config.as_dict()
-        )
+        return self.store.save(self.step, weights_of(self.model), self.optimizer.state(), state, self.config.as_dict())
 
     def save_is_due(self) -> bool:
         """Whether the config asks for a checkpoint after the step just made."""

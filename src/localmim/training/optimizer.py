@@ -1,7 +1,7 @@
 """AdamW as PyTorch defines it (decoupled decay, bias correction), from MindSpore's fused Adam.
 
 With c2 = 1 - beta2^t PyTorch's step is  w -= lr * (m / c1) / (sqrt(v / c2) + eps), after  w *= 1 - lr * weight_decay.
-The fused operator computes  w -= lr * sqrt(c2) / c1 * m / (sqrt(v) + eps'), which is the same with eps' = eps * sqrt(c2).
+The fused operator computes  w -= lr * sqrt(c2) / c1 * m / (sqrt(v) + eps'): the same with eps' = eps * sqrt(c2).
 (The operator AdamWeightDecay would need one call, but has no bias correction and runs on one CPU thread.)
 The scalars of a step are computed on the host in float64.
 """

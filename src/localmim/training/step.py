@@ -13,7 +13,7 @@ from localmim.training.optimizer import AdamW, zeros_like
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says: the loss, its parts, whether the update was made, and the gradient norm where it is computed."""
+    """What a step says: the loss, its parts, whether the update was made, the gradient norm where it is computed."""
 
     loss: float
     losses: np.ndarray
@@ -181,9 +181,7 @@ class TrainStep:
         scaler: Its scale multiplies the loss.
     """
 
-    def __init__(
-        self, model: nn.Cell, optimizer: AdamW, accumulate: int = 1, clip: float | None = None, scaler=None
-    ):
+    def __init__(self, model: nn.Cell, optimizer: AdamW, accumulate: int = 1, clip: float | None = None, scaler=None):
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
         self.scaler = scaler or LossScaler(False)
         gradients = _Gradients(model, optimizer)

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint, then the test suite. Arguments go to pytest: bash scripts/run_tests.sh tests/mim -k hog
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+use_environment requirements-dev.txt
+
+ruff check .
+ruff format --check .
+python -m pytest "$@"

@@ -1,0 +1,94 @@
+"""What a checkpoint reconstructs: targets and predictions of a few images at every scale, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from localmim.analysis.pictures import reconstruction_sheet
+from localmim.config import Config
+from localmim.data.pipeline import eval_batches, resolve_mean_std
+from localmim.data.sources import Source
+from localmim.errors import UserError
+from localmim.mim.cells import rows_to_grid
+from localmim.mim.model import MaskedImageModel
+from localmim.training.build import build_masking
+
+
+class _Outputs(nn.Cell):
+    def __init__(self, model: MaskedImageModel):
+        super().__init__()
+        self.model = model
+
+    def construct(self, images, ids_keep, ids_mask, ids_restore):
+        return self.model.predict(images, ids_keep, ids_mask, ids_restore), self.model.target(images)
+
+
+def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: int, path: Path) -> Path:
+    """Draws `count` images, spread evenly over `source`, with the masks that they have in epoch 0.
+
+    Raises:
+        UserError: The images have a channel count that cannot be drawn.
+    """
+    encoder = model.encoder
+    if encoder.in_chans not in (1, 3):
+        raise UserError(f"only images of 1 or 3 channels can be drawn, and this model takes {encoder.in_chans}")
+    images = _some_images(config, encoder, source, count)
+    mask = build_masking(config, model)(0, np.arange(len(images)))
+    network = _Outputs(model)
+    network.set_train(False)
+    predictions, targets = network(Tensor(images, ms.float32), *map(Tensor, mask.arrays()))
+    h, w = encoder.grid
+    drawn_targets, drawn_predictions, names = [], [], []
+    for prediction, target, decoder in zip(predictions, targets, model.decoders):
+        target = target.asnumpy()
+        grid = rows_to_grid(prediction.asnumpy().astype(np.float32), decoder.scale, mask.ids_mask, encoder.grid)
+        cell = encoder.image_size[0] // target.shape[1]
+        names.append(f"block {encoder.taps[len(names)] + 1}, {cell} px cells")
+        if config.target.kind == "hog":
+            shape = (*target.shape[:3], encoder.in_chans, -1)
+            drawn_targets.append(target.reshape(shape))
+            drawn_predictions.append(grid.reshape(shape))
+        else:
+            drawn_targets.append(to_uint8(images, config, encoder.in_chans))
+            pixels = _cells_to_images(_as_pixels(grid, images, cell, config.target.norm_pix), cell)
+            drawn = to_uint8(np.where(np.isnan(pixels), images, pixels), config, encoder.in_chans)
+            drawn_predictions.append(drawn)
+    masks = mask.mask().reshape(-1, h, w)
+    shown = to_uint8(images, config, encoder.in_chans)
+    return reconstruction_sheet(shown, masks, drawn_targets, drawn_predictions, names, path)
+
+
+def _some_images(config: Config, encoder: nn.Cell, source: Source, count: int) -> np.ndarray:
+    """float32 [count, C, H, W], normalised, spread evenly over the source."""
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+    batches = eval_batches(source, config.data, encoder.image_size, encoder.in_chans, len(chosen), chosen)
+    return next(iter(batches)).images
+
+
+def to_uint8(images: np.ndarray, config: Config, in_chans: int) -> np.ndarray:
+    """Normalised [B, C, H, W] to pixels uint8 [B, H, W, 3]."""
+    mean, std = resolve_mean_std(config.data, in_chans)
+    pixels = images.transpose(0, 2, 3, 1) * std + mean
+    pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
+    return pixels if in_chans == 3 else np.repeat(pixels, 3, axis=-1)
+
+
+def _as_pixels(cells: np.ndarray, images: np.ndarray, cell: int, normalised: bool) -> np.ndarray:
+    """Undoes the normalisation of each cell with the mean and deviation of the true one: [B, hs, ws, cell*cell*C]."""
+    if not normalised:
+        return cells
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // cell, cell, W // cell, cell).transpose(0, 2, 4, 3, 5, 1)
+    x = x.reshape(*cells.shape[:3], -1)
+    return cells * np.sqrt(x.var(axis=-1, ddof=1, keepdims=True) + 1e-6) + x.mean(axis=-1, keepdims=True)
+
+
+def _cells_to_images(cells: np.ndarray, cell: int) -> np.ndarray:
+    """[B, hs, ws, cell*cell*C] -> [B, C, hs*cell, ws*cell]."""
+    B, hs, ws, _ = cells.shape
+    x = cells.reshape(B, hs, ws, cell, cell, -1).transpose(0, 5, 1, 3, 2, 4)
+    return x.reshape(B, -1, hs * cell, ws * cell)
