@@ -1,7 +1,8 @@
 """`python -m localmim.evaluation knn --ckpt RUN --data-dir DIR`: weighted k-NN of features, trained and untrained.
 
 DIR holds class folders under train/ and val/. The network untrained is the same recipe with fresh weights, so the two
-figures tell what pre-training added.
+figures tell what pre-training added. Features are the mean of the last block's patch tokens, standardised with the mean
+and deviation of train/, as a batch norm without affine part does before a linear probe.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def knn(ckpt: str, data_dir: str, k: int = 20, temperature: float = 0.07, device
             extract_features(model.encoder, s, config.data, label=f"{state}, {part}")
             for s, part in zip(sources, ("train", "val"))
         ]
+        mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-6
+        train, val = (train - mean) / deviation, (val - mean) / deviation
         result[state] = weighted_knn(train, train_labels, val, val_labels, k, temperature)
     print(
         f"weighted {k}-NN on {len(sources[1])} images, top-1: {result['trained']['top1']:.1f} % after {step} "
