@@ -9,7 +9,7 @@ import math
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 
 def erf(x: np.ndarray) -> np.ndarray:
@@ -69,7 +69,18 @@ def hog(images: np.ndarray, cell: int, nbins: int, bias=(0.0, 0.0)) -> np.ndarra
     return pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
 
 
-class PlainDecoder(ms.nn.Cell):
+class Gradients(nn.Cell):
+    """ms.value_and_grad with auxiliary outputs, as a Cell: a bare one is never freed, and complains at exit."""
+
+    def __init__(self, cell: nn.Cell, places: tuple[int, ...] | int | None, weights):
+        super().__init__()
+        self.run = ms.value_and_grad(cell, places, weights, has_aux=True)
+
+    def construct(self, *inputs):
+        return self.run(*inputs)
+
+
+class PlainDecoder(nn.Cell):
     """The authors' decoder: all tokens in image order, mask tokens, whole blocks, real convolutions, all predictions.
 
     It reads the very parameters of a package's decoder, so that gradients can be compared too.

@@ -225,12 +225,19 @@ def check_ranges(config: Config) -> None:
     for key, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("max_bad_steps", 1), ("log_every", 1)):
         if getattr(config, key) < least:
             raise UserError(f"{key} is {getattr(config, key)}, expected at least {least}")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
+    if config.max_steps is not None and config.max_steps < 1:
+        raise UserError(f"max_steps is {config.max_steps}, expected at least 1, or null")
     if config.checkpoint.keep < 1:
         raise UserError(f"checkpoint.keep is {config.checkpoint.keep}, expected at least 1")
     if config.checkpoint.every_steps < 0 or config.checkpoint.every_epochs < 0:
         raise UserError("checkpoint.every_steps and checkpoint.every_epochs cannot be negative")
     if not all(0 <= b < 1 for b in config.optimizer.betas):
         raise UserError(f"optimizer.betas is {list(config.optimizer.betas)}, expected two values in [0, 1)")
+    for key in ("eps", "weight_decay"):
+        if getattr(config.optimizer, key) < 0:
+            raise UserError(f"optimizer.{key} is {getattr(config.optimizer, key):g}, expected at least 0")
     if config.optimizer.clip_grad is not None and config.optimizer.clip_grad <= 0:
         raise UserError(f"optimizer.clip_grad is {config.optimizer.clip_grad:g}, expected more than 0, or null")
 

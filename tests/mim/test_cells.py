@@ -84,7 +84,7 @@ def test_cell_pixels():
     assert cell_pixels(14, 2.0) == 7
     with pytest.raises(ValueError, match="scale 4 does not divide a patch of 14 px"):
         cell_pixels(14, 4.0)
-    with pytest.raises(ValueError, match="scale 8 is none of 4, 2, 1, 0.5"):
+    with pytest.raises(ValueError, match=r"scale 8 is none of 4, 2, 1, 0.5"):
         cell_pixels(16, 8.0)
 
 

@@ -92,7 +92,7 @@ def test_order_of_the_visible():
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
 def test_ratio_outside(ratio):
     """Nothing to see, or nothing to predict."""
-    with pytest.raises(UserError, match="mask.ratio must lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"mask.ratio must lie between 0 and 1"):
         RandomMasking(16, ratio, 0)
 
 

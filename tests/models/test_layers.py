@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-import plain
 import pytest
 from mindspore import Tensor, nn, ops
 
+import plain
 from localmim.convert.load import weights_of
 from localmim.models.layers import (
     AddBias,
@@ -44,7 +44,7 @@ def backward(cell: nn.Cell, weight: np.ndarray, *inputs: np.ndarray):
     parameters = dict(cell.parameters_and_names())
     places = tuple(range(1, len(inputs) + 1))
     weights = ms.ParameterTuple(parameters.values()) if parameters else None
-    run = ms.value_and_grad(Weighted(cell), places, weights, has_aux=True)
+    run = plain.Gradients(Weighted(cell), places, weights)
     (_, out), gradients = run(Tensor(weight), *map(Tensor, inputs))
     of_inputs, of_weights = gradients if parameters else (gradients, ())
     arrays = [g.asnumpy() for g in (of_inputs if isinstance(of_inputs, tuple) else (of_inputs,))]

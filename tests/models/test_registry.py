@@ -20,7 +20,7 @@ BASE = "localmim_vit_base_patch16_224"
 
 def test_names():
     """The four published sizes under timm's kind of name; the pattern is a shell pattern."""
-    assert NAMES == [f"localmim_vit_{size}_patch16_224" for size in ("base", "large", "small", "tiny")]
+    assert [f"localmim_vit_{size}_patch16_224" for size in ("base", "large", "small", "tiny")] == NAMES
     assert localmim.list_models("*_base_*") == [BASE]
     assert localmim.list_models("swin*") == []
 
@@ -28,6 +28,14 @@ def test_names():
 def test_mindcv_lists_them():
     """Someone who works with mindcv finds the models there."""
     assert set(NAMES) <= set(mindcv.list_models("localmim*"))
+
+
+def test_mindcv_makes_them():
+    """mindcv passes arguments of its own with every model: pretrained, num_classes, in_channels."""
+    model = mindcv.create_model(BASE, in_channels=1, **{**TINY, "num_heads": 4})
+    assert model.encoder.in_chans == 1 and model.encoder.grid == (4, 2)
+    with pytest.raises(UserError, match="no published weights"):
+        mindcv.create_model(BASE, pretrained=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +76,8 @@ def test_published_sizes(monkeypatch, size, width, depth, heads):
         ({"image_size": 225}, "image_size 225x225 is not a multiple of patch_size 16"),
         ({"image_size": [224, 230]}, "image_size 224x230"),
         ({"image_size": [224, 224, 3]}, "expected one number or"),
+        ({"image_size": -64}, "image_size -64x-64"),
+        ({"patch_size": 0, "target": "pixels"}, "patch_size 0"),
         ({"image_size": 16 * 7}, "even number of patches a side, and the grid is 7x7"),
         ({"patch_size": 14}, "scale 4 does not divide a patch of 14 px"),
         ({"scales": [3]}, "scale 3 is none of 4, 2, 1, 0.5"),
@@ -77,6 +87,7 @@ def test_published_sizes(monkeypatch, size, width, depth, heads):
         ({"taps": [1, 3]}, "must be of one length"),
         ({"taps": [1, 2, 3, 7]}, "block indices from 0 to 6"),
         ({"num_heads": 5}, "width 48 is not a multiple of 5 heads"),
+        ({"num_heads": 0}, "multiple of 0 heads"),
         ({"decoder_heads": 3}, "width 16 is not a multiple of 3 heads"),
         ({"decoder_depth": 0}, "at least one block, got depth 0"),
         ({"decoder_dim": 18}, "multiple of 4, got 18"),

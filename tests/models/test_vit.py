@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-import plain
 import pytest
 from mindspore import Tensor, nn
 
+import plain
 from localmim.convert.load import weights_of
 from localmim.models.layers import sincos_position_code
 from localmim.models.vit import VisionTransformer

@@ -8,9 +8,12 @@ from pathlib import Path
 from localmim import cli
 from localmim.analysis.pictures import loss_curve
 from localmim.analysis.reconstruct import reconstruct
+from localmim.config import config_from_dict, read_recipe
 from localmim.data.sources import open_source
 from localmim.device import set_device
 from localmim.errors import UserError
+from localmim.mim.cells import cell_pixels
+from localmim.training.build import build_model
 from localmim.training.restore import restore
 from localmim.training.runlog import METRICS
 
@@ -25,7 +28,9 @@ def draw_curve(run: str, out: str = "") -> Path:
     metrics = Path(run) / METRICS
     if not metrics.is_file():
         raise UserError(f"{run} is no run: it holds no {METRICS}")
-    path = loss_curve(metrics, Path(out) if out else Path(run) / "loss_curve.png")
+    model = build_model(config_from_dict(read_recipe(Path(run) / "config.yaml")))
+    names = [f"{cell_pixels(model.encoder.patch_size, d.scale)} px cells" for d in model.decoders]
+    path = loss_curve(metrics, Path(out) if out else Path(run) / "loss_curve.png", names)
     print(f"loss curve: {path}")
     return path
 

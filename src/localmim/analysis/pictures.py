@@ -64,7 +64,8 @@ def loss_curve(metrics_jsonl_path: str, png_path: str, scale_names: Sequence[str
     grid = figure.add_gridspec(2, 2 if count else 1, height_ratios=(3, 1))
     axes = figure.add_subplot(grid[0, 0])
     _curve(axes, steps, total, INK)
-    _style(axes, "loss, sum over scales" if count else "loss")
+    cut = _zoom_on_late_part(axes, total[None])
+    _style(axes, ("loss, sum over scales" if count else "loss") + cut)
     axes.tick_params(labelbottom=False)
     low = figure.add_subplot(grid[1, 0], sharex=axes)
     low.plot(steps, rates, color=INK, lw=1.4)
@@ -76,10 +77,22 @@ def loss_curve(metrics_jsonl_path: str, png_path: str, scale_names: Sequence[str
         right = figure.add_subplot(grid[:, 1])
         for k in range(count):
             _curve(right, steps, scales[k], COLOURS[k % len(COLOURS)], scale_names[k])
-        _style(right, "loss at each scale")
+        _style(right, "loss at each scale" + _zoom_on_late_part(right, scales))
         right.set_xlabel("step", color=INK)
         right.legend(frameon=False, fontsize=9, labelcolor=INK)
     return _save(figure, png_path)
+
+
+def _zoom_on_late_part(axes, curves: np.ndarray) -> str:
+    """Cuts off a steep start that would flatten all the rest; returns what to say of it in the title. [curves, n]"""
+    late = curves[:, curves.shape[1] // 10 :]
+    if not np.isfinite(late).any():
+        return ""
+    low, high = np.nanmin(late), np.nanmax(late)
+    if high == low or np.nanmax(curves) < high + 2 * (high - low):
+        return ""
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
+    return " (its start is above the picture)"
 
 
 def _read_losses(path: Path) -> dict[int, dict]:

@@ -65,9 +65,15 @@ def from_torch(arrays: dict[str, np.ndarray], names: list[str], scales: list[flo
     return ours
 
 
-def to_torch(arrays: dict[str, np.ndarray], scales: list[float]) -> dict[str, np.ndarray]:
-    """Our LocalMIM parameters under the authors' names; the inverse of `from_torch`, Sobel kernels included."""
+def to_torch(arrays: dict[str, np.ndarray], scales: list[float], hog: bool = True) -> dict[str, np.ndarray]:
+    """Our LocalMIM parameters under the authors' names; the inverse of `from_torch`.
+
+    Args:
+        hog: Whether the target is HOG, whose fixed Sobel kernels the authors store, one a scale.
+    """
     theirs = {torch_name(n, scales): a for n, a in arrays.items() if n != _HOG_BIAS}
-    for k in range(len(scales) if _HOG_BIAS in arrays else 0):
-        theirs[f"hog_enc.{k}.conv.bias"] = arrays[_HOG_BIAS][k]
+    for k in range(len(scales) if hog else 0):
+        theirs[f"hog_enc.{k}.conv.weight"] = np.stack([_SOBEL, _SOBEL.T])[:, None]  # [2, 1, 3, 3]
+        if _HOG_BIAS in arrays:
+            theirs[f"hog_enc.{k}.conv.bias"] = arrays[_HOG_BIAS][k]
     return theirs

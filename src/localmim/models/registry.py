@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from typing import Callable
 
 from localmim.errors import UserError
@@ -15,8 +16,16 @@ def register(factory: Callable) -> Callable:
     """Decorator: makes `factory(**kwargs)` known under its own name, here and in mindcv."""
     from mindcv.models.registry import register_model
 
+    @functools.wraps(factory)
+    def for_mindcv(pretrained: bool = False, num_classes: int = 0, in_channels: int = 3, **kwargs):
+        """The same model with the arguments that mindcv passes; it has no classes."""
+        if pretrained:
+            raise UserError(f"model {factory.__name__}: there are no published weights to load")
+        return create_model(factory.__name__, in_chans=in_channels, **kwargs)
+
     _MODELS[factory.__name__] = factory
-    return register_model(factory)
+    register_model(for_mindcv)
+    return factory
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -48,7 +48,7 @@ class VisionTransformer(nn.Cell):
     ):
         super().__init__()
         H, W = to_pair(image_size)
-        if H % patch_size or W % patch_size:
+        if min(H, W, patch_size) < 1 or H % patch_size or W % patch_size:
             raise ValueError(f"image_size {H}x{W} is not a multiple of patch_size {patch_size}")
         if list(taps) != sorted(set(taps)) or any(not 0 <= t < depth for t in taps):
             raise ValueError(f"taps {list(taps)} must be ascending block indices from 0 to {depth - 1}")
