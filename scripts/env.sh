@@ -5,13 +5,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
     local name
-    for name in python3.11 python3.12 python3.10 python3.9 python3 python; do
-        if "$name" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    for name in python3.11 python3.12 python3 python; do
+        if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    echo "error: no Python 3.9 to 3.12 found; MindSpore 2.10 needs one, 3.11 is what this project is tested with" >&2
+    echo "error: no Python 3.11 or 3.12 found; this project is tested with 3.11" >&2
     return 2
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained, checked encoder, everything under outputs/demo/. Needs Python 3.9 to 3.12.
+# From a fresh machine to a trained, checked encoder, everything under outputs/demo/. Needs Python 3.11 or 3.12.
 # Run it again: what is done already is not done twice, and a run that was stopped goes on.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"

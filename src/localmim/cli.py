@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 

@@ -51,7 +51,7 @@ def recipe(tmp_path):
 
 
 def test_rectangular_four_channel_run_from_config_alone(recipe, tmp_path):
-    """Nothing hard-codes 3 channels or squares: the run trains, logs each step and leaves a checkpoint that knows it."""
+    """Nothing hard-codes 3 channels or squares: the run trains, logs each step and leaves a checkpoint."""
     output = tmp_path / "run"
     config = load_config(["--config", str(recipe), "--output_dir", str(output)])
     pretrain(config)

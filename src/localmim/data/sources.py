@@ -18,10 +18,9 @@ import re
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import cv2
 import mindspore.dataset as ds

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: the mean of the last block's patch tokens, every patch visible."""
+"""Features of a frozen encoder: the mean of the top trained block's patch tokens, every patch visible."""
 
 from __future__ import annotations
 

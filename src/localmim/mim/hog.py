@@ -101,9 +101,10 @@ class Hog(nn.Cell):
         """Mean magnitude a bin in each cell: two [B, C, H, W] -> [B, H/cell, W/cell, C, nbins]."""
         B, C, H, W = gx.shape
         h, w, n = H // cell, W // cell, self.nbins
-        first = Tensor(first_bin(B, C, H, W, cell, n))  # [B, C, H, W]
+        first = Tensor(first_bin(C, H, W, cell, n))  # [C, H, W], in the bins of one image
+        image = Tensor((np.arange(B, dtype=np.int32) * (h * w * C * n)).reshape(B, 1, 1, 1))
         magnitude = ops.sqrt(gx * gx + gy * gy)
-        ids = (self.bins(gx, gy, magnitude) + first).reshape(-1)
+        ids = (self.bins(gx, gy, magnitude) + first + image).reshape(-1)
         sums = ops.unsorted_segment_sum(magnitude.reshape(-1), ids, B * h * w * C * n)
         return sums.reshape(B, h, w, C, n) * (1.0 / cell**2)
 
@@ -136,9 +137,9 @@ def pool(x: Tensor, r: int) -> Tensor:
     return x.reshape(B, h // r, r, w // r, r, C, n).mean(axis=(2, 4))
 
 
-def first_bin(B: int, C: int, H: int, W: int, cell: int, nbins: int) -> np.ndarray:
-    """For each pixel, where its cell's bins begin in a flat [B, H/cell, W/cell, C, nbins]; int32 [B, C, H, W]."""
+def first_bin(C: int, H: int, W: int, cell: int, nbins: int) -> np.ndarray:
+    """For each pixel, where its cell's bins begin in a flat [H/cell, W/cell, C, nbins]; int32 [C, H, W]."""
     i, j = np.arange(H) // cell, np.arange(W) // cell
-    b, c = np.arange(B)[:, None, None, None], np.arange(C)[:, None, None]
-    place = (b * (H // cell) + i[:, None]) * (W // cell) + j
+    c = np.arange(C)[:, None, None]
+    place = i[:, None] * (W // cell) + j
     return ((place * C + c) * nbins).astype(np.int32)

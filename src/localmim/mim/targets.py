@@ -61,7 +61,7 @@ class PixelTarget(nn.Cell):
             x = x.reshape(B, H // c, W // c, c * c * C)
             if self.normalise:
                 x = x - x.mean(axis=-1, keep_dims=True)
-                variance = (x * x).sum(axis=-1, keepdims=True) / (c * c * C - 1)
+                variance = (x * x).sum(axis=-1, keepdims=True) / max(c * c * C - 1, 1)
                 x = x / ops.sqrt(variance + 1e-6)
             grids.append(ops.stop_gradient(x))
         return tuple(grids)

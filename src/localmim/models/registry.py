@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 from localmim.errors import UserError
 
@@ -21,7 +21,7 @@ def register(factory: Callable) -> Callable:
         """The same model with the arguments that mindcv passes; it has no classes."""
         if pretrained:
             raise UserError(f"model {factory.__name__}: there are no published weights to load")
-        return create_model(factory.__name__, in_chans=in_channels, **kwargs)
+        return create_model(factory.__name__, **{"in_chans": in_channels, **kwargs})
 
     _MODELS[factory.__name__] = factory
     register_model(for_mindcv)

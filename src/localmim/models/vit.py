@@ -90,5 +90,11 @@ class VisionTransformer(nn.Cell):
         return outputs
 
     def features(self, images: Tensor) -> Tensor:
-        """Mean of the last block's patch tokens, all patches visible: [B, C, H, W] -> [B, D]."""
-        return self.block_outputs(images)[-1][:, 1:].mean(axis=1)
+        """Mean of the patch tokens after the top tap's block (without taps the last one): [B, C, H, W] -> [B, D].
+
+        Every patch is visible. No LayerNorm: the taps' norms belong to pre-training.
+        """
+        x = self.embed(images)
+        for i in range(self.taps[-1] + 1 if self.taps else self.depth):
+            x = self.blocks[i](x)
+        return x[:, 1:].mean(axis=1)
