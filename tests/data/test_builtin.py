@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from localmim import cli
 from localmim.data import builtin
 from localmim.data.builtin import CLASSES, draw_image, main, write_builtin_images
 from localmim.errors import UserError
@@ -114,7 +115,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
 def test_command_line(tmp_path, capsys):
     """Exit code 0 with the folder named, and 2 with one line for a wrong value."""
     root = str(tmp_path / "set")
-    small = ["--size", "32", "--train_per_class", "1", "--val_per_class", "0", "--progress", "false"]
+    small = ["--size", "32", "--train-per-class", "1", "--val-per-class", "0"]
     assert cli.run(main, ["--root", root, *small]) == 0
     assert root in capsys.readouterr().out
     assert cli.run(main, ["--root", root, *small, "--seed", "-1"]) == 2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from data_images import draw
 
+from localmim import cli
 from localmim.config import DataConfig
 from localmim.data import TrainPipeline, eval_batches, open_source, pack
 from localmim.data.__main__ import main

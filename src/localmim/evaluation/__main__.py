@@ -1,8 +1,8 @@
 """`python -m localmim.evaluation knn --ckpt RUN --data-dir DIR`: weighted k-NN of features, trained and untrained.
 
 DIR holds class folders under train/ and val/. The network untrained is the same recipe with fresh weights, so the two
-figures tell what pre-training added. Features are the mean of the top tap's patch tokens, standardised with the mean and
-deviation of train/, as a batch norm without affine part does before a linear probe.
+figures tell what pre-training added. Features are the mean of the top tap's patch tokens, standardised with the mean
+and deviation of train/, as a batch norm without affine part does before a linear probe.
 """
 
 from __future__ import annotations

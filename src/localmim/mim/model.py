@@ -32,7 +32,7 @@ class MaskedImageModel(nn.Cell):
         return predictions
 
     def activations(self, images: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor):
-        """Names and values of what is computed on the way to the loss, in order; for finding errors outside the graph."""
+        """Names and values of what is computed on the way to the loss, in order: for finding errors, not in a graph."""
         yield "encoder.embed", self.encoder.embed(images, ids_keep)
         for i, x in enumerate(self.encoder.block_outputs(images, ids_keep)):
             yield f"encoder.blocks.{i}", x
