@@ -30,6 +30,7 @@ def changed(path: Path, target: Path, **arrays: np.ndarray) -> str:
         ("localmim_hog_img64_nb18.npz", 8),
         ("localmim_vit_mim_img64.npz", 56),
         ("localmim_vit_mim_epsprobe.npz", 55),
+        ("localmim_vit_mim_img96.npz", 55),
     ],
 )
 def test_equals_the_authors(capsys, file, values):
