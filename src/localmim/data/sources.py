@@ -17,6 +17,7 @@ import os
 import re
 import sqlite3
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -113,7 +114,7 @@ def for_minddata(raw: np.ndarray) -> np.ndarray:
     return cv2.imencode(".bmp", decode(raw, 3)[..., ::-1])[1]
 
 
-class Source:
+class Source(ABC):
     """Base of all sources.
 
     Attributes:
@@ -131,21 +132,21 @@ class Source:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def __getitem__(self, i: int) -> np.ndarray:
         """Image i: bytes or array (see the module). UnreadableImage when that is impossible."""
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """Path or record name of image i."""
-        raise NotImplementedError
 
     def label(self, i: int) -> int:
         """Class number of image i, -1 when it has none."""
         return int(self.labels[i])
 
+    @abstractmethod
     def _size(self, i: int) -> int:
         """A number that changes when image i is exchanged for another one; cheap."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """16 hex digits over all names and labels in order, and the sizes of 1000 images spread over the set."""
