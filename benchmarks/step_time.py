@@ -114,9 +114,8 @@ def main() -> int:
     pipes, processes, results = {}, [], {}
     for name, build in sides.items():
         pipes[name], theirs = context.Pipe()
-        process = context.Process(
-            target=serve, args=(theirs, build, argv, arguments.batch_size, arguments.device_target)
-        )
+        job = (theirs, build, argv, arguments.batch_size, arguments.device_target)
+        process = context.Process(target=serve, args=job, daemon=True)  # ends with this one, whatever happens
         process.start()
         theirs.close()
         processes.append(process)
