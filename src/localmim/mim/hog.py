@@ -61,14 +61,14 @@ class Hog(nn.Cell):
         images = ops.stop_gradient(images).astype(ms.float32)
         outputs = []
         if self.bias is None:
-            levels = [self.histograms(images, self.sizes[0], None)]
+            levels = self.histograms(images, self.sizes[:1])
             for source, ratio in self.pooling:
                 levels.append(pool(levels[source], ratio))
             for cell in self.cell_sizes:
                 outputs.append(self.normalise(levels[self.sizes.index(cell)]))
         else:
-            for k in range(len(self.cell_sizes)):
-                outputs.append(self.normalise(self.histograms(images, self.cell_sizes[k], self.bias[k])))
+            for sums in self.histograms(images, self.cell_sizes):
+                outputs.append(self.normalise(sums))
         return tuple([ops.stop_gradient(x) for x in outputs])
 
     def check(self, shape):
@@ -83,17 +83,21 @@ class Hog(nn.Cell):
                     f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG cells of {cell} px"
                 )
 
-    def histograms(self, images: Tensor, cell: int, bias: Tensor | None) -> Tensor:
-        """[B, C, H, W] -> [B, H/cell, W/cell, C, nbins], from parts of the batch that a CPU runs side by side."""
+    def histograms(self, images: Tensor, sizes) -> list[Tensor]:
+        """[B, C, H, W] -> for each cell size [B, H/cell, W/cell, C, nbins], from parts of the batch side by side."""
         B = images.shape[0]
-        parts = CHAINS if B % CHAINS == 0 else 1
+        gradients = []
+        for part in ops.split(images, B // CHAINS if B % CHAINS == 0 else B, 0):
+            gradients.append(self.gradients(part))
         outputs = []
-        for part in ops.split(images, B // parts, 0):
-            gx, gy = self.gradients(part)
-            if bias is not None:
-                gx, gy = gx + bias[0], gy + bias[1]
-            outputs.append(self.histogram(gx, gy, cell))
-        return ops.concat(outputs, 0)
+        for k in range(len(sizes)):
+            parts = []
+            for gx, gy in gradients:
+                if self.bias is not None:
+                    gx, gy = gx + self.bias[k, 0], gy + self.bias[k, 1]
+                parts.append(self.histogram(gx, gy, sizes[k]))
+            outputs.append(ops.concat(parts, 0))
+        return outputs
 
     def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Sobel differences, left minus right and top minus bottom: [B, C, H, W] -> two of the same shape."""

@@ -12,7 +12,6 @@ from localmim.mim.cells import cell_pixels
 from localmim.mim.decoders import Decoder
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.targets import HogTarget, PixelTarget
-from localmim.models.layers import to_pair
 from localmim.models.registry import register
 from localmim.models.vit import VisionTransformer
 
@@ -20,20 +19,8 @@ MIN_DEPTH = 7
 
 
 def default_taps(depth: int, scales: Sequence[float]) -> list[int]:
-    """The published depth of each scale: blocks 1, 3, depth-3, depth-1 for 4, 2, 1, 1/2.
-
-    Raises:
-        ValueError: Depth below 7, where these blocks are not four different ones in a useful order.
-    """
-    if depth < MIN_DEPTH:
-        raise ValueError(
-            f"LocalMIM needs an encoder of at least {MIN_DEPTH} blocks, got depth {depth}: "
-            "its four taps 1, 3, depth-3, depth-1 would meet"
-        )
+    """The published depth of each scale: blocks 1, 3, depth-3, depth-1 for 4, 2, 1, 1/2."""
     place = {4.0: 1, 2.0: 3, 1.0: depth - 3, 0.5: depth - 1}
-    unknown = [s for s in scales if s not in place]
-    if unknown:
-        raise ValueError(f"scale {unknown[0]:g} is none of 4, 2, 1, 0.5")
     return [place[s] for s in scales]
 
 
@@ -70,23 +57,24 @@ def localmim_vit(
     scales = [float(s) for s in scales]
     if not scales:
         raise ValueError("scales is empty: name at least one of 4, 2, 1, 0.5")
-    taps = default_taps(depth, scales) if taps is None else list(taps)
+    cells = [cell_pixels(patch_size, s) for s in scales]
     if depth < MIN_DEPTH:
-        default_taps(depth, scales)
+        raise ValueError(
+            f"LocalMIM needs an encoder of at least {MIN_DEPTH} blocks, got depth {depth}: "
+            "its four taps 1, 3, depth-3, depth-1 would meet"
+        )
+    taps = default_taps(depth, scales) if taps is None else list(taps)
     if len(taps) != len(scales):
         raise ValueError(f"taps {taps} and scales {scales} must be of one length")
     if len(set(taps)) != len(taps) or taps != sorted(taps):
         raise ValueError(f"taps {taps} must ascend: give the scales in the order of their depth")
-    cells = [cell_pixels(patch_size, s) for s in scales]
     if target == "hog":
         targets = HogTarget(cells, in_chans, nbins, hog_bias, seed)
     elif target == "pixels":
         targets = PixelTarget(cells, in_chans, norm_pix)
     else:
         raise ValueError(f"target {target!r} is none of 'hog', 'pixels'")
-    encoder = VisionTransformer(
-        to_pair(image_size), patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, tuple(taps)
-    )
+    encoder = VisionTransformer(image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, tuple(taps))
     decoders = [
         Decoder(embed_dim, encoder.grid, s, d, decoder_dim, decoder_depth, decoder_heads, mlp_ratio)
         for s, d in zip(scales, targets.dims)
