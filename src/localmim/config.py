@@ -27,13 +27,16 @@ class ModelConfig:
     patch_size: Optional[int] = None  # pixels
     in_chans: Optional[int] = None
     embed_dim: Optional[int] = None
-    depth: Optional[int] = None
-    num_heads: Optional[int] = None
-    taps: Optional[list[int]] = None  # encoder blocks (from 0) whose outputs are decoded
-    scales: Optional[list[float]] = None  # cells a patch side at each tap: 4, 2, 1 or 0.5
+    depth: Optional[int] = None  # ViT: blocks
+    depths: Optional[list[int]] = None  # Swin: blocks of each stage
+    num_heads: Optional[Union[int, list[int]]] = None  # ViT: a number; Swin: one a stage
+    window_size: Optional[int] = None  # Swin: tokens a side
+    taps: Optional[list[int]] = None  # ViT blocks or Swin stages (from 0) whose outputs are decoded
+    scales: Optional[list[float]] = None  # cells a token side at each tap: 4, 2, 1 or 0.5
     decoder_dim: Optional[int] = None
     decoder_depth: Optional[int] = None
     decoder_heads: Optional[int] = None
+    isolated_gradients: bool = False  # each segment that ends at a tap learns from its own decoder alone
 
 
 @dataclass
@@ -47,10 +50,12 @@ class MaskConfig:
 class TargetConfig:
     """What is predicted for the hidden patches."""
 
-    kind: Literal["hog", "pixels"] = "hog"
+    kind: Literal["hog", "pixels", "codebook"] = "hog"
     nbins: int = 9  # HOG: orientation bins a channel
     bias: bool = False  # HOG: the frozen random gradient bias of the authors' larger recipes
     norm_pix: bool = True  # pixels: normalise each cell by its own mean and deviation
+    codebook: list[str] = field(default_factory=list)  # codebook: .safetensors (k-means), .mindir or .npz (ids) files
+    vocab: int = 512  # codebook: its entries
 
 
 @dataclass
@@ -105,6 +110,7 @@ class Config:
     batch_size: int = 256  # images a device and a forward pass
     accumulate: int = 1  # forward passes an optimizer step
     max_steps: Optional[int] = None  # stop early, after this many optimizer steps; the schedule does not change
+    reference_quirks: bool = False  # compute what the authors' code does where it is peculiar, see docs/quirks.md
     max_bad_steps: int = 20  # stop after this many non-finite steps in a row
     log_every: int = 10  # steps
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -229,6 +235,10 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
     if config.max_steps is not None and config.max_steps < 1:
         raise UserError(f"max_steps is {config.max_steps}, expected at least 1, or null")
+    if config.target.vocab < 2:
+        raise UserError(f"target.vocab is {config.target.vocab}, expected at least 2")
+    if config.target.kind == "codebook" and not config.target.codebook:
+        raise UserError("target.codebook is empty: target.kind codebook needs its file, or one file a scale")
     if config.checkpoint.keep < 1:
         raise UserError(f"checkpoint.keep is {config.checkpoint.keep}, expected at least 1")
     if config.checkpoint.every_steps < 0 or config.checkpoint.every_epochs < 0:

@@ -3,7 +3,7 @@
 Equal to the authors' decoder where the loss reads it, with less work:
 
 * Attention does not care about the order of tokens, so they stay as (class, visible, hidden) and only the position code
-  is gathered; nothing is put back in image order first.
+  is gathered; nothing is put back in image order first. (Pyramids have no class token.)
 * A hidden token is the mask token plus its position code: the same L rows in every image. They pass the first block's
   norm and projection once a batch, not once an image.
 * The last block computes rows of hidden patches only (all patches at scale 1/2, whose cells mix hidden and visible).
@@ -125,10 +125,12 @@ class Decoder(nn.Cell):
 
     Args:
         encoder_dim: Width of the tap.
-        grid: Patches (h, w).
+        grid: The tap's tokens (h, w), called patches here.
         scale: 4, 2, 1 or 0.5 cells a patch side.
         out_dim: Values D of a cell's target.
         dim: Width d; depth: blocks; num_heads: heads.
+        class_token: Whether the tap's first token is a class token.
+        linear_head: Predict scale 1 by a Linear, Xavier-uniform, as the authors' Swin does; else by a 1x1 convolution.
 
     Raises:
         ValueError: Scale 0.5 on an odd grid, or a depth below 1.
@@ -144,38 +146,41 @@ class Decoder(nn.Cell):
         depth: int = 1,
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
+        class_token: bool = True,
+        linear_head: bool = False,
     ):
         super().__init__()
         check_grid(grid, scale)
         if depth < 1:
             raise ValueError(f"a decoder needs at least one block, got depth {depth}")
-        self.grid, self.scale, self.dim = grid, scale, dim
+        self.grid, self.scale, self.dim, self.extra = grid, scale, dim, int(class_token)
         self.embed = Linear(encoder_dim, dim)
         self.mask_token = token_parameter(dim)
-        code = np.concatenate([np.zeros((1, dim), np.float32), sincos_position_code(dim, grid)])
-        self.pos_embed = parameter(code[None], requires_grad=False)  # [1, 1+L, d], zero for the class token
+        code = np.concatenate([np.zeros((self.extra, dim), np.float32), sincos_position_code(dim, grid)])
+        self.pos_embed = parameter(code[None], requires_grad=False)  # [1, 1+L, d], zero for the class token if any
         self.blocks = nn.CellList([Block(dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = LayerNorm(dim)
-        self.pred = HEADS[scale](dim, out_dim)
+        self.pred = Linear(dim, out_dim) if linear_head and scale == 1 else HEADS[scale](dim, out_dim)
 
     def rows(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
         """Normed rows before the head: hidden patches [B, M, d]; at scale 1/2 visible, then hidden ones [B, L, d]."""
-        B, K, d = ids_keep.shape[0], ids_keep.shape[1], self.dim
+        B, V, d = latent.shape[0], latent.shape[1], self.dim  # V: visible tokens, K or 1+K with the class token
         codes = self.pos_embed[0]  # [1+L, d]
-        visible = self.embed(latent)  # [B, 1+K, d]
-        place = ops.concat((ops.zeros((B, 1), ms.int32), ids_keep + 1), 1)
-        visible = visible + ops.gather(codes, place, 0)
-        table = self.mask_token[0] + codes[1:]  # [L, d], every possible hidden token
+        place = ids_keep
+        if self.extra:
+            place = ops.concat((ops.zeros((B, 1), ms.int32), ids_keep + 1), 1)
+        visible = self.embed(latent) + ops.gather(codes, place, 0)  # [B, V, d]
+        table = self.mask_token[0] + (codes[1:] if self.extra else codes)  # [L, d], every possible hidden token
 
         first = self.blocks[0]
-        qkv = first.project(ops.concat((visible.reshape(-1, d), table), 0))  # [B*(1+K) + L, 3d]
-        n = B * (1 + K)
-        qkv = ops.concat((qkv[:n].reshape(B, 1 + K, 3 * d), ops.gather(qkv[n:], ids_mask, 0)), 1)  # [B, 1+L, 3d]
+        qkv = first.project(ops.concat((visible.reshape(-1, d), table), 0))  # [B*V + L, 3d]
+        n = B * V
+        qkv = ops.concat((qkv[:n].reshape(B, V, 3 * d), ops.gather(qkv[n:], ids_mask, 0)), 1)  # [B, V+M, 3d]
         hidden = ops.gather(table, ids_mask, 0)  # [B, M, d]
-        unread = 1 if self.scale < 1 else 1 + K
+        unread = self.extra if self.scale < 1 else V
         depth = len(self.blocks)
         skip = unread if depth == 1 else 0
-        x = hidden if skip == 1 + K else ops.concat((without_first(visible, skip), hidden), 1)
+        x = hidden if skip == V else ops.concat((without_first(visible, skip), hidden), 1)
         x = first.attend(x, qkv, skip)
         for i in range(1, depth):
             x = self.blocks[i](x, unread if i == depth - 1 else 0)
@@ -191,5 +196,5 @@ class Decoder(nn.Cell):
         return self.pred(rows)
 
     def construct(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent [B, 1+K, D_enc], class token first -> predictions as rows (see mim/cells.py)."""
+        """latent [B, 1+K, D_enc], class token first, or [B, K, D_enc] -> predictions as rows (see mim/cells.py)."""
         return self.head(self.rows(latent, ids_keep, ids_mask), ids_restore)

@@ -31,6 +31,10 @@ class TokenMask:
         """What enters the graph, in this order: ids_keep, ids_mask, ids_restore."""
         return self.ids_keep, self.ids_mask, self.ids_restore
 
+    def tap(self, k: int) -> TokenMask:
+        """The mask at the grid of tap k: the same for all."""
+        return self
+
     def mask(self) -> np.ndarray:
         """[B, L] float32, 1 = hidden, in image order."""
         return (self.ids_restore >= self.ids_keep.shape[1]).astype(np.float32)

@@ -2,68 +2,72 @@
 
 from __future__ import annotations
 
-import mindspore as ms
+from collections.abc import Callable
+
 from mindspore import Tensor, nn, ops
 
 from localmim.mim.cells import coarse_weights, target_rows
+from localmim.mim.losses import squared_error, weighted_mean
 
 
 class MaskedImageModel(nn.Cell):
     """Composes the parts; see docs/architecture.md.
 
+    Inputs are images [B, C, H, W], then the arrays of a mask (`encoder.mask_inputs` of them, from `arrays()` of what
+    the masking makes), then those of a target that is data: codebook ids.
+
     Args:
-        encoder: Images and ids_keep -> a list of latents, one a tap.
+        encoder: Images and mask arrays -> a list of latents, one a tap; `tap_mask` gives each tap its own arrays.
         decoders: One a tap: latent and mask arrays -> predictions as rows (see mim/cells.py).
-        target: Images -> a grid of values a scale.
+        target: Images and its own arrays -> a grid of values a scale.
+        error: Rows of predictions and of targets -> an error a row, in float32 (mim/losses.py).
     """
 
-    def __init__(self, encoder: nn.Cell, decoders: list[nn.Cell], target: nn.Cell):
+    def __init__(self, encoder: nn.Cell, decoders: list[nn.Cell], target: nn.Cell, error: Callable = squared_error):
         super().__init__()
         self.encoder = encoder
         self.decoders = nn.CellList(decoders)
         self.target = target
+        self.error = error
 
-    def predict(self, images: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor) -> list[Tensor]:
+    def predict(self, images: Tensor, *arrays: Tensor) -> list[Tensor]:
         """Predictions as rows, one a scale."""
-        latents = self.encoder(images, ids_keep)
+        mask = arrays[: self.encoder.mask_inputs]
+        latents = self.encoder(images, *mask)
         predictions = []
         for k in range(len(latents)):
-            predictions.append(self.decoders[k](latents[k], ids_keep, ids_mask, ids_restore))
+            predictions.append(self.decoders[k](latents[k], *self.encoder.tap_mask(mask, k)))
         return predictions
 
-    def activations(self, images: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor):
+    def targets(self, images: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+        """Grids of values, one a scale."""
+        return self.target(images, *arrays[self.encoder.mask_inputs :])
+
+    def activations(self, images: Tensor, *arrays: Tensor):
         """Names and values of what is computed on the way to the loss, in order: for finding errors, not in a graph."""
-        yield "encoder.embed", self.encoder.embed(images, ids_keep)
-        for i, x in enumerate(self.encoder.block_outputs(images, ids_keep)):
-            yield f"encoder.blocks.{i}", x
-        for k, prediction in enumerate(self.predict(images, ids_keep, ids_mask, ids_restore)):
+        for name, x in self.encoder.named_outputs(images, *arrays[: self.encoder.mask_inputs]):
+            yield f"encoder.{name}", x
+        for k, prediction in enumerate(self.predict(images, *arrays)):
             yield f"decoders.{k}", prediction
-        for k, grid in enumerate(self.target(images)):
+        for k, grid in enumerate(self.targets(images, *arrays)):
             yield f"target at scale {self.decoders[k].scale:g}", grid
 
-    def loss(self, k: int, prediction: Tensor, target: Tensor, ids_keep, ids_mask, ids_restore) -> Tensor:
-        """Mean squared error of the hidden cells at scale k, in float32; at scale 1/2 weighted by the hidden share."""
+    def loss(self, k: int, prediction: Tensor, target: Tensor, *mask: Tensor) -> Tensor:
+        """Mean error of the hidden cells at scale k, in float32; at scale 1/2 weighted by the hidden share."""
+        ids_keep, ids_mask, ids_restore = self.encoder.tap_mask(mask, k)
         scale = self.decoders[k].scale
-        difference = prediction.astype(ms.float32) - target_rows(target, scale, ids_mask)
-        if scale >= 1:
-            return mean_square(difference)
-        weights = coarse_weights(ids_restore, ids_keep.shape[1], self.decoders[k].grid)  # [B, L/4]
-        error = ops.square(difference).mean(axis=-1)
-        return (error * weights).sum() / weights.sum()
+        weights = None
+        if scale < 1:
+            weights = coarse_weights(ids_restore, ids_keep.shape[1], self.decoders[k].grid)  # [B, L/4]
+        return weighted_mean(self.error(prediction, target_rows(target, scale, ids_mask)), weights)
 
-    def construct(self, images: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor):
-        """images [B, C, H, W], mask arrays of mim/masking.py -> (loss, losses [scales]); loss is their plain sum."""
-        predictions = self.predict(images, ids_keep, ids_mask, ids_restore)
-        targets = self.target(images)
+    def construct(self, images: Tensor, *arrays: Tensor):
+        """Images, mask arrays and target arrays -> (loss, losses [scales]); loss is their plain sum."""
+        predictions = self.predict(images, *arrays)
+        targets = self.targets(images, *arrays)
+        mask = arrays[: self.encoder.mask_inputs]
         losses = []
         for k in range(len(predictions)):
-            losses.append(self.loss(k, predictions[k], targets[k], ids_keep, ids_mask, ids_restore))
+            losses.append(self.loss(k, predictions[k], targets[k], *mask))
         losses = ops.stack(losses)
         return losses.sum(), losses
-
-
-def mean_square(x: Tensor) -> Tensor:
-    """Mean of x^2 over everything, summed row by row as a product (a CPU reduces on one thread only)."""
-    rows = x.reshape(-1, x.shape[-1])
-    ones = ops.ones((x.shape[-1], 1), x.dtype)
-    return ops.matmul(rows * rows, ones).mean() / x.shape[-1]

@@ -1,6 +1,7 @@
 """Targets: what is predicted for a cell. Each is a Cell from images to one grid of values a scale, without gradient.
 
-A target has `dims`, the number of values D of a cell at each scale, and maps [B, C, H, W] to a tuple of [B, hs, ws, D].
+A target has `dims`, the number of values that a decoder predicts for a cell at each scale, and maps [B, C, H, W] to a
+tuple of [B, hs, ws, D].
 """
 
 from __future__ import annotations
@@ -64,4 +65,26 @@ class PixelTarget(nn.Cell):
                 variance = (x * x).sum(axis=-1, keepdims=True) / max(c * c * C - 1, 1)
                 x = x / ops.sqrt(variance + 1e-6)
             grids.append(ops.stop_gradient(x))
+        return tuple(grids)
+
+
+class CodebookTarget(nn.Cell):
+    """Ids of a codebook, which a tokenizer has made before the step (mim/codebook.py): data, like a mask.
+
+    Args:
+        scales: How many.
+        vocab: Entries of the codebook; a decoder predicts a score for each, and the loss is their cross-entropy.
+    """
+
+    def __init__(self, scales: int, vocab: int):
+        super().__init__()
+        if vocab < 2:
+            raise ValueError(f"a codebook needs at least 2 entries, got vocab {vocab}")
+        self.dims = [vocab] * scales
+
+    def construct(self, images: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:
+        """ids int32 [B, hs, ws], one a scale -> a tuple of [B, hs, ws, 1]."""
+        grids = []
+        for x in ids:
+            grids.append(x.expand_dims(-1))
         return tuple(grids)

@@ -41,12 +41,12 @@ def torch_default_init(fan_in: int) -> Uniform:
 
 
 class Linear(nn.Cell):
-    """y = x W^T + b with W [out, in], Xavier-uniform W and zero b."""
+    """y = x W^T + b with W [out, in], Xavier-uniform W and zero b, or none."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
         self.weight = parameter(XavierUniform(), (out_features, in_features))
-        self.bias = parameter("zeros", (out_features,))
+        self.bias = parameter("zeros", (out_features,)) if bias else None
         self.compute_dtype = ms.float32
         self.project = Project()
 
@@ -63,10 +63,11 @@ class Project(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
         self.add_bias = AddBias()
 
-    def construct(self, x: Tensor, weight: Tensor, bias: Tensor, dtype) -> Tensor:
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = self.matmul(rows.astype(dtype), weight.astype(dtype))
-        y = self.add_bias(y, bias.astype(dtype))
+        if bias is not None:
+            y = self.add_bias(y, bias.astype(dtype))
         return y.reshape(x.shape[:-1] + (weight.shape[0],))
 
 
@@ -197,16 +198,28 @@ class Attention(nn.Cell):
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, qkv: Tensor, skip: int = 0) -> Tensor:
-        """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D]: no output for the first `skip`."""
+    def attend(self, qkv: Tensor, skip: int = 0, bias: Tensor | None = None) -> Tensor:
+        """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D], heads side by side.
+
+        Args:
+            skip: No output for the first `skip` rows.
+            bias: [G, nh, N - skip, N], added to the scores; B is a multiple of G, whose biases follow each other.
+        """
         B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         Q, nh = N - skip, self.num_heads
         q, k, v = ops.split(qkv, D, 2)
         q = (without_first(q, skip) * self.scale).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
         k = k.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
         v = v.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
-        weights = self.softmax(self.scores(q, k).astype(ms.float32)).astype(v.dtype)  # [B, nh, Q, N]
-        return self.proj(self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D))
+        scores = self.scores(q, k).astype(ms.float32)  # [B, nh, Q, N]
+        if bias is not None:
+            scores = (scores.reshape(-1, *bias.shape) + bias).reshape(scores.shape)
+        weights = self.softmax(scores).astype(v.dtype)
+        return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)
+
+    def construct(self, qkv: Tensor, skip: int = 0) -> Tensor:
+        """Projected rows qkv [B, N, 3D] -> [B, N - skip, D]."""
+        return self.proj(self.attend(qkv, skip))
 
 
 class Block(nn.Cell):
@@ -267,10 +280,14 @@ class PatchEmbed(nn.Cell):
         self.project = Project()
 
     def construct(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """images [B, C, H, W], ids_keep [B, K] -> [B, K, D]; all patches in row-major order without ids_keep."""
+        """images [B, C, H, W] -> [B, K, D]; all patches in row-major order without ids_keep.
+
+        Args:
+            ids_keep: [B, K], or [K] for all images alike.
+        """
         x = patchify(images, self.patch)
         if ids_keep is not None:
-            x = take_rows(x, ids_keep)
+            x = take_rows(x, ids_keep) if ids_keep.ndim == 2 else ops.gather(x, ids_keep, 1)
         return self.project(x, self.weight.reshape(self.weight.shape[0], -1), self.bias, self.compute_dtype)
 
 

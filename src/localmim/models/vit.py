@@ -30,6 +30,7 @@ class VisionTransformer(nn.Cell):
         depth: Blocks.
         num_heads: Attention heads.
         taps: Blocks (from 0) whose outputs are read; each has its own LayerNorm.
+        isolated: No gradient flows from one tap's segment into the one below.
 
     Raises:
         ValueError: Sizes that do not divide, or a tap outside the depth.
@@ -45,6 +46,7 @@ class VisionTransformer(nn.Cell):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         taps: tuple[int, ...] = (),
+        isolated: bool = False,
     ):
         super().__init__()
         H, W = to_pair(image_size)
@@ -54,7 +56,9 @@ class VisionTransformer(nn.Cell):
             raise ValueError(f"taps {list(taps)} must be ascending block indices from 0 to {depth - 1}")
         self.image_size, self.patch_size, self.in_chans = (H, W), patch_size, in_chans
         self.grid = (H // patch_size, W // patch_size)
-        self.embed_dim, self.depth, self.taps = embed_dim, depth, tuple(taps)
+        self.mask_grid, self.mask_unit, self.mask_inputs = self.grid, patch_size, 3
+        self.embed_dim, self.depth, self.taps, self.isolated = embed_dim, depth, tuple(taps), isolated
+        self.tap_grids, self.tap_widths = [self.grid] * len(taps), [embed_dim] * len(taps)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = token_parameter(embed_dim)
         code = np.concatenate([np.zeros((1, embed_dim), np.float32), sincos_position_code(embed_dim, self.grid)])
@@ -62,27 +66,49 @@ class VisionTransformer(nn.Cell):
         self.blocks = nn.CellList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.tap_norms = nn.CellList([LayerNorm(embed_dim) for _ in taps])
 
-    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """images [B, C, H, W], ids_keep [B, K] -> tokens with position code [B, 1+K, D], class token first."""
-        x = self.patch_embed(images, ids_keep)  # [B, K, D]
+    def tap_mask(self, mask: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:
+        """ids_keep, ids_mask, ids_restore at the grid of tap k: the same at all."""
+        return mask
+
+    def tap_name(self, k: int) -> str:
+        """Tap k in words."""
+        return f"block {self.taps[k] + 1}"
+
+    def embed(self, images: Tensor, *mask: Tensor) -> Tensor:
+        """images [B, C, H, W], a mask's arrays -> tokens with position code [B, 1+K, D], class token first."""
         codes = self.pos_embed[0, 1:]  # [L, D]
-        x = x + (codes if ids_keep is None else ops.gather(codes, ids_keep, 0))
+        if mask:
+            x = self.patch_embed(images, mask[0]) + ops.gather(codes, mask[0], 0)  # [B, K, D]
+        else:
+            x = self.patch_embed(images) + codes
         first = self.cls_token + self.pos_embed[:, :1]  # [1, 1, D]
         return ops.concat((first.broadcast_to((x.shape[0], 1, self.embed_dim)), x), 1)
 
-    def construct(self, images: Tensor, ids_keep: Tensor | None = None) -> list[Tensor]:
-        """Normed tokens at each tap, class token first: a list of [B, 1+K, D]. Blocks above the last tap do not run."""
-        x = self.embed(images, ids_keep)
+    def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
+        """Normed tokens at each tap, class token first: a list of [B, 1+K, D]. Blocks above the last tap do not run.
+
+        Args:
+            mask: The arrays of mim/masking.py; none: all patches are visible.
+        """
+        x = self.embed(images, *mask)
         latents = []
         for i in range(self.taps[-1] + 1):
             x = self.blocks[i](x)
             if i in self.taps:
                 latents.append(self.tap_norms[len(latents)](x))
+                if self.isolated:
+                    x = ops.stop_gradient(x)
         return latents
 
-    def block_outputs(self, images: Tensor, ids_keep: Tensor | None = None) -> list[Tensor]:
+    def named_outputs(self, images: Tensor, *mask: Tensor):
+        """Names and values along the way, for finding errors; not in a graph."""
+        yield "embed", self.embed(images, *mask)
+        for i, x in enumerate(self.block_outputs(images, *mask)):
+            yield f"blocks.{i}", x
+
+    def block_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
         """The un-normed output of every block, a list of `depth` tensors [B, 1+K, D]."""
-        x = self.embed(images, ids_keep)
+        x = self.embed(images, *mask)
         outputs = []
         for block in self.blocks:
             x = block(x)

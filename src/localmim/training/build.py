@@ -7,7 +7,9 @@ import dataclasses
 from localmim.config import Config
 from localmim.mim.masking import RandomMasking
 from localmim.mim.model import MaskedImageModel
+from localmim.mim.unit_masking import UnitMasking
 from localmim.models.registry import create_model
+from localmim.models.swin import SwinTransformer
 
 
 def build_model(config: Config) -> MaskedImageModel:
@@ -25,16 +27,20 @@ def build_model(config: Config) -> MaskedImageModel:
         nbins=target.nbins,
         hog_bias=target.bias,
         norm_pix=target.norm_pix,
+        vocab=target.vocab,
+        reference_quirks=config.reference_quirks,
         seed=config.seed,
         **given,
     )
 
 
-def build_masking(config: Config, model: MaskedImageModel) -> RandomMasking:
+def build_masking(config: Config, model: MaskedImageModel) -> RandomMasking | UnitMasking:
     """The recipe's masks.
 
     Raises:
         UserError: The ratio leaves nothing visible or hides nothing.
     """
+    if isinstance(model.encoder, SwinTransformer):
+        return UnitMasking(model.encoder, config.mask.ratio, config.seed)
     h, w = model.encoder.grid
     return RandomMasking(h * w, config.mask.ratio, config.seed)

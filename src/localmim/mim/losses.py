@@ -1,0 +1,34 @@
+"""Losses: how far a row of predictions is from its target, in float32, and the mean over rows.
+
+A row is one hidden patch, or one cell: a loss gives an error a row, so that rows can be weighted. Sums over the last
+axis are products with a column of ones, because a CPU reduces on one thread only but multiplies on all of them.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each row: [B, R, D], [B, R, D] -> [B, R] float32."""
+    B, R, D = prediction.shape
+    difference = (prediction.astype(ms.float32) - target.astype(ms.float32)).reshape(B * R, D)
+    ones = ops.ones((D, 1), ms.float32)
+    return ops.matmul(difference * difference, ones).reshape(B, R) / D
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log softmax(logits)[id] of each row: [B, R, V], ids int [B, R] in 0..V-1 -> [B, R] float32."""
+    B, R, V = logits.shape
+    log_shares = ops.log_softmax(logits.astype(ms.float32), axis=-1).reshape(B * R * V)
+    starts = Tensor(np.arange(B * R, dtype=np.int64).reshape(B, R) * V)  # int64: B*R*V may pass 2^31
+    return -ops.gather(log_shares, starts + ids.astype(ms.int64), 0)  # [B, R]
+
+
+def weighted_mean(errors: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of errors [B, R] as a scalar; with weights [B, R] >= 0, not all 0: sum(errors * weights) / sum(weights)."""
+    if weights is None:
+        return errors.mean()
+    return (errors * weights).sum() / weights.sum()

@@ -1,0 +1,276 @@
+"""The Swin transformer, one class for pre-training (visible tokens only) and downstream (all tokens, a map a stage).
+
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (ICCV 2021); pre-training on
+visible tokens after Huang et al., "Green Hierarchical Vision Transformer for Masked Image Modeling" (NeurIPS 2022).
+Which tokens attend to which comes as index arrays (models/windows.py), so both uses are the same blocks: norms,
+projections and MLPs see each token once, and only attention runs on windows. Deviations from the authors' code: image
+sizes are free, and `rows_first` chooses between their order of merging and the official one (docs/quirks.md, Q3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import Normal
+
+from localmim.models.layers import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    parameter,
+    to_pair,
+)
+from localmim.models.windows import whole_windows
+
+NEVER = -1e4  # added to the scores of tokens in different windows: exp of it is exactly 0
+
+
+class Stage(NamedTuple):
+    """Where a stage's tokens lie: grid (h, w), side of a window, shifts of its blocks in turn (one or two)."""
+
+    grid: tuple[int, int]
+    window: int
+    shifts: tuple[int, ...]
+
+
+@ops.constexpr
+def whole_image(grid: tuple[int, int], window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The windows of a whole image as constants of a graph."""
+    return tuple(Tensor(a) for a in whole_windows(grid, window, shift))
+
+
+class WindowAttention(Attention):
+    """Attention inside windows with a learned bias for each relative position."""
+
+    def __init__(self, dim: int, num_heads: int, window: int):
+        super().__init__(dim, num_heads)
+        self.relative_position_bias_table = parameter(Normal(0.02), ((2 * window - 1) ** 2, num_heads))
+
+    def bias(self, pairs: Tensor) -> Tensor:
+        """Rows of the table for pairs [G, S, S] -> [G, nh, S, S]."""
+        never = ops.full((1, self.num_heads), NEVER, dtype=ms.float32)
+        table = ops.concat((self.relative_position_bias_table, never), 0)
+        return ops.gather(table, pairs, 0).transpose(0, 3, 1, 2)
+
+    def construct(self, qkv: Tensor, pairs: Tensor, slots: Tensor, place: Tensor) -> Tensor:
+        """Projected rows qkv [B, N, 3D] -> [B, N', D] for a place of length N'; index arrays of models/windows.py."""
+        B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        G, S = pairs.shape[0], pairs.shape[1]
+        if G == 1 and S == N:  # one group in token order
+            return self.proj(self.attend(qkv, 0, self.bias(pairs)))
+        qkv = ops.gather(qkv, slots, 1).reshape(B * G, S, 3 * D)
+        x = self.attend(qkv, 0, self.bias(pairs)).reshape(B, G * S, D)
+        return self.proj(ops.gather(x, place, 1))
+
+
+class SwinBlock(nn.Cell):
+    """x + Attn(LN(x)), then x + MLP(LN(x)), attention inside windows."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio: float, eps: tuple[float, float]):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps[0])
+        self.attn = WindowAttention(dim, num_heads, window)
+        self.norm2 = LayerNorm(dim, eps[1])
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def construct(self, x: Tensor, pairs: Tensor, slots: Tensor, place: Tensor, fill: bool = False) -> Tensor:
+        """[B, N, D] -> [B, N, D].
+
+        Args:
+            fill: Slots may name token N, which fills up a grid: zero after the norm, so its q, k, v are their bias.
+        """
+        qkv = self.attn.qkv(self.norm1(x))  # [B, N, 3D]
+        if fill:
+            row = self.attn.qkv.bias.astype(qkv.dtype).reshape(1, 1, -1)
+            qkv = ops.concat((qkv, row.broadcast_to((qkv.shape[0], 1, qkv.shape[2]))), 1)
+        x = x + self.attn(qkv, pairs, slots, place)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerging(nn.Cell):
+    """Four neighbours become one token of twice the width: LayerNorm(4D), then Linear 4D -> 2D without bias."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.norm = LayerNorm(4 * dim, eps)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[B, N, D], the four to be joined side by side -> [B, N/4, 2D]."""
+        B, N, D = x.shape
+        return self.reduction(self.norm(x.reshape(B, N // 4, 4 * D)))
+
+    def on_grid(self, x: Tensor, grid: tuple[int, int], rows_first: bool) -> Tensor:
+        """[B, h*w, D] row-major -> [B, h/2*w/2, 2D]; an odd side is filled up with zeros."""
+        B, _, D = x.shape
+        h, w = grid
+        x = x.reshape(B, h, w, D)
+        if h % 2:
+            x = ops.concat((x, ops.zeros((B, 1, w, D), x.dtype)), 1)
+        if w % 2:
+            x = ops.concat((x, ops.zeros((B, h + h % 2, 1, D), x.dtype)), 2)
+        h, w = (h + 1) // 2, (w + 1) // 2
+        x = x.reshape(B, h, 2, w, 2, D)
+        x = x.transpose(0, 1, 3, 2, 4, 5) if rows_first else x.transpose(0, 1, 3, 4, 2, 5)
+        return self.construct(x.reshape(B, h * w * 4, D))
+
+
+class SwinStage(nn.Cell):
+    """Blocks of one resolution, and the merging after them, which the last stage does not have."""
+
+    def __init__(self, dim: int, depth: int, num_heads: int, window: int, mlp_ratio: float, eps, merge: bool):
+        super().__init__()
+        self.blocks = nn.CellList([SwinBlock(dim, num_heads, window, mlp_ratio, eps) for _ in range(depth)])
+        self.downsample = PatchMerging(dim, eps[0]) if merge else None
+
+
+class SwinTransformer(nn.Cell):
+    """Swin encoder with taps at the end of stages, after their merging.
+
+    Args:
+        image_size: Pixels, one number or (height, width); each a multiple of 2^(stages-1) x patch_size.
+        patch_size: Pixels.
+        in_chans: Image channels.
+        embed_dim: Width of the first stage; it doubles at each merging.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage.
+        window_size: Tokens a side. A stage whose smaller side is no larger has windows of that side, without shift.
+        taps: Stages (from 0) whose outputs are read in pre-training; each has its own LayerNorm.
+        rows_first: Merge in the order (0,0), (0,1), (1,0), (1,1) of LocalMIM's pre-training; the official order is
+            (0,0), (1,0), (0,1), (1,1).
+        isolated: No gradient flows from one tap's segment into the one below.
+        norm_eps: Of every LayerNorm.
+        norm2_eps: Of the blocks' second LayerNorm; None: the same. (The authors' fine-tuning has 1e-5 there, Q7.)
+
+    Raises:
+        ValueError: Sizes that do not divide, or a tap that is no stage.
+    """
+
+    def __init__(
+        self,
+        image_size=224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 128,
+        depths: tuple[int, ...] = (2, 2, 18, 2),
+        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        taps: tuple[int, ...] = (),
+        rows_first: bool = False,
+        isolated: bool = False,
+        norm_eps: float = 1e-6,
+        norm2_eps: float | None = None,
+    ):
+        super().__init__()
+        H, W = to_pair(image_size)
+        last = len(depths) - 1
+        unit = patch_size * 2**last
+        if len(num_heads) != len(depths) or last < 0:
+            raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one value a stage each")
+        if min(depths) < 1 or window_size < 1:
+            raise ValueError(f"depths {list(depths)} and window_size {window_size} must be at least 1")
+        if min(H, W, patch_size) < 1 or H % unit or W % unit:
+            raise ValueError(f"image_size {H}x{W} is not a multiple of {unit}, the patch after {last} mergings")
+        if list(taps) != sorted(set(taps)) or any(not 0 <= t <= last for t in taps):
+            raise ValueError(f"taps {list(taps)} must be ascending stages from 0 to {last}")
+        self.image_size, self.patch_size, self.in_chans = (H, W), patch_size, in_chans
+        self.mask_grid, self.mask_unit = (H // unit, W // unit), unit
+        self.taps, self.rows_first, self.isolated = tuple(taps), rows_first, isolated
+        self.stages = []
+        for s, depth in enumerate(depths):
+            grid = (H // (patch_size * 2**s), W // (patch_size * 2**s))
+            window, shift = (min(grid), 0) if min(grid) <= window_size else (window_size, window_size // 2)
+            self.stages.append(Stage(grid, window, (0, shift) if shift and depth > 1 else (0,)))
+        widths = [embed_dim * 2**s for s in range(last + 1)]
+        self.embed_dim = widths[-1]
+        self.tap_widths = [widths[min(t + 1, last)] for t in taps]
+        self.tap_grids = [self.stages[min(t + 1, last)].grid for t in taps]
+        self.mask_inputs = 1 + 3 * len(taps) + 3 * sum(len(stage.shifts) for stage in self.stages)
+
+        eps = (norm_eps, norm_eps if norm2_eps is None else norm2_eps)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_norm = LayerNorm(embed_dim, norm_eps)
+        self.layers = nn.CellList(
+            [
+                SwinStage(widths[s], depths[s], num_heads[s], self.stages[s].window, mlp_ratio, eps, s < last)
+                for s in range(last + 1)
+            ]
+        )
+        self.tap_norms = nn.CellList([LayerNorm(width) for width in self.tap_widths])
+
+    def tap_mask(self, mask: tuple[Tensor, ...], k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ids_keep, ids_mask, ids_restore at the grid of tap k, out of the mask's arrays."""
+        return mask[1 + 3 * k], mask[2 + 3 * k], mask[3 + 3 * k]
+
+    def tap_name(self, k: int) -> str:
+        """Tap k in words."""
+        return f"stage {self.taps[k] + 1}"
+
+    def embed(self, images: Tensor, *mask: Tensor) -> Tensor:
+        """images [B, C, H, W] -> normed patches [B, K, D]; without a mask all of them, row-major."""
+        return self.patch_norm(self.patch_embed(images, mask[0]) if mask else self.patch_embed(images))
+
+    def stage_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
+        """Visible tokens before and after each merging, up to the last tap: a list of tensors [B, K_s, D_s]."""
+        x = self.embed(images, *mask)
+        outputs = []
+        first = 1 + 3 * len(self.taps)  # of the current stage's windows in `mask`
+        for s in range(self.taps[-1] + 1):
+            turns = len(self.stages[s].shifts)
+            layer = self.layers[s]
+            for j in range(len(layer.blocks)):
+                i = first + 3 * (j % turns)
+                x = layer.blocks[j](x, mask[i], mask[i + 1], mask[i + 2])
+            outputs.append(x)
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+                outputs.append(x)
+            first += 3 * turns
+            if self.isolated and s in self.taps:
+                x = ops.stop_gradient(x)
+        return outputs
+
+    def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
+        """Normed visible tokens at each tap, a list of [B, K, D]; `mask` is that of mim/unit_masking.py."""
+        outputs = self.stage_outputs(images, *mask)
+        latents = []
+        for k in range(len(self.taps)):
+            latents.append(self.tap_norms[k](outputs[min(2 * self.taps[k] + 1, len(outputs) - 1)]))
+        return latents
+
+    def named_outputs(self, images: Tensor, *mask: Tensor):
+        """Names and values along the way, for finding errors; not in a graph."""
+        yield "embed", self.embed(images, *mask)
+        for i, x in enumerate(self.stage_outputs(images, *mask)):
+            yield f"layers.{i // 2}" + (".downsample" if i % 2 else ""), x
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Whole images: the output of each stage before its merging, a list of [B, D_s, h_s, w_s], un-normed.
+
+        Images may be of any size that is a multiple of the patch, not only of `image_size`: grids that windows or
+        mergings do not divide are filled up with zeros at the right and at the bottom, as the official code does.
+        """
+        x = self.embed(images)
+        h, w = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        maps = []
+        for s in range(len(self.stages)):
+            layer, (_, window, shifts) = self.layers[s], self.stages[s]
+            fill = h % window > 0 or w % window > 0
+            for j in range(len(layer.blocks)):
+                pairs, slots, place = whole_image((h, w), window, shifts[j % len(shifts)])
+                x = layer.blocks[j](x, pairs, slots, place, fill)
+            maps.append(x.transpose(0, 2, 1).reshape(x.shape[0], -1, h, w))
+            if layer.downsample is not None:
+                x = layer.downsample.on_grid(x, (h, w), self.rows_first)
+                h, w = (h + 1) // 2, (w + 1) // 2
+        return maps
+
+    def features(self, images: Tensor) -> Tensor:
+        """Mean of the last trained stage's tokens, every patch visible: [B, C, H, W] -> [B, D]. No LayerNorm."""
+        maps = self.feature_maps(images)
+        return maps[self.taps[-1] if self.taps else len(maps) - 1].mean(axis=(2, 3))
