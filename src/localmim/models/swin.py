@@ -51,10 +51,12 @@ class WindowAttention(Attention):
         self.relative_position_bias_table = parameter(Normal(0.02), ((2 * window - 1) ** 2, num_heads))
 
     def bias(self, pairs: Tensor) -> Tensor:
-        """Rows of the table for pairs [G, S, S] -> [G, nh, S, S]."""
-        never = ops.full((1, self.num_heads), NEVER, dtype=ms.float32)
-        table = ops.concat((self.relative_position_bias_table, never), 0)
-        return ops.gather(table, pairs, 0).transpose(0, 3, 1, 2)
+        """Rows of the table for pairs [G, S, S] -> [G, nh, S, S]; NEVER where tokens do not attend to one another."""
+        table = self.relative_position_bias_table
+        last = table.shape[0] - 1
+        never = (pairs > last).astype(ms.float32) * NEVER  # the same in all blocks: computed once
+        bias = ops.gather(table, ops.minimum(pairs, last), 0).transpose(0, 3, 1, 2)
+        return bias + never.expand_dims(1)
 
     def construct(self, qkv: Tensor, pairs: Tensor, slots: Tensor, place: Tensor) -> Tensor:
         """Projected rows qkv [B, N, 3D] -> [B, N', D] for a place of length N'; index arrays of models/windows.py."""
@@ -122,10 +124,22 @@ class PatchMerging(nn.Cell):
 class SwinStage(nn.Cell):
     """Blocks of one resolution, and the merging after them, which the last stage does not have."""
 
-    def __init__(self, dim: int, depth: int, num_heads: int, window: int, mlp_ratio: float, eps, merge: bool):
+    def __init__(self, dim: int, depth: int, num_heads: int, place: Stage, mlp_ratio: float, eps, merge: bool):
         super().__init__()
-        self.blocks = nn.CellList([SwinBlock(dim, num_heads, window, mlp_ratio, eps) for _ in range(depth)])
+        self.window, self.shifts, self.turns = place.window, place.shifts, len(place.shifts)
+        self.blocks = nn.CellList([SwinBlock(dim, num_heads, place.window, mlp_ratio, eps) for _ in range(depth)])
         self.downsample = PatchMerging(dim, eps[0]) if merge else None
+
+    def construct(self, x: Tensor, windows: tuple[Tensor, ...], fill: bool = False) -> Tensor:
+        """[B, N, D] -> [B, N, D], before the merging; three arrays for the plain windows, then for the shifted ones."""
+        for j in range(len(self.blocks)):
+            i = 3 * (j % self.turns)
+            x = self.blocks[j](x, windows[i], windows[i + 1], windows[i + 2], fill)
+        return x
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Visible tokens in nested order: [B, N, D] -> [B, N/4, 2D], or as they are in the last stage."""
+        return x if self.downsample is None else self.downsample(x)
 
 
 class SwinTransformer(nn.Cell):
@@ -197,7 +211,7 @@ class SwinTransformer(nn.Cell):
         self.patch_norm = LayerNorm(embed_dim, norm_eps)
         self.layers = nn.CellList(
             [
-                SwinStage(widths[s], depths[s], num_heads[s], self.stages[s].window, mlp_ratio, eps, s < last)
+                SwinStage(widths[s], depths[s], num_heads[s], self.stages[s], mlp_ratio, eps, s < last)
                 for s in range(last + 1)
             ]
         )
@@ -216,23 +230,17 @@ class SwinTransformer(nn.Cell):
         return self.patch_norm(self.patch_embed(images, mask[0]) if mask else self.patch_embed(images))
 
     def stage_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
-        """Visible tokens before and after each merging, up to the last tap: a list of tensors [B, K_s, D_s]."""
+        """Visible tokens before and after each merging (the same in the last stage), up to the last tap: [B, K_s, D_s]."""
         x = self.embed(images, *mask)
         outputs = []
         first = 1 + 3 * len(self.taps)  # of the current stage's windows in `mask`
         for s in range(self.taps[-1] + 1):
-            turns = len(self.stages[s].shifts)
-            layer = self.layers[s]
-            for j in range(len(layer.blocks)):
-                i = first + 3 * (j % turns)
-                x = layer.blocks[j](x, mask[i], mask[i + 1], mask[i + 2])
-            outputs.append(x)
-            if layer.downsample is not None:
-                x = layer.downsample(x)
-                outputs.append(x)
-            first += 3 * turns
-            if self.isolated and s in self.taps:
-                x = ops.stop_gradient(x)
+            count = 3 * self.layers[s].turns
+            before = self.layers[s](x, mask[first : first + count])
+            after = self.layers[s].merge(before)
+            outputs += [before, after]
+            x = ops.stop_gradient(after) if self.isolated and s in self.taps else after
+            first += count
         return outputs
 
     def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
@@ -240,7 +248,7 @@ class SwinTransformer(nn.Cell):
         outputs = self.stage_outputs(images, *mask)
         latents = []
         for k in range(len(self.taps)):
-            latents.append(self.tap_norms[k](outputs[min(2 * self.taps[k] + 1, len(outputs) - 1)]))
+            latents.append(self.tap_norms[k](outputs[2 * self.taps[k] + 1]))
         return latents
 
     def named_outputs(self, images: Tensor, *mask: Tensor):
@@ -258,14 +266,14 @@ class SwinTransformer(nn.Cell):
         x = self.embed(images)
         h, w = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         maps = []
-        for s in range(len(self.stages)):
-            layer, (_, window, shifts) = self.layers[s], self.stages[s]
-            fill = h % window > 0 or w % window > 0
-            for j in range(len(layer.blocks)):
-                pairs, slots, place = whole_image((h, w), window, shifts[j % len(shifts)])
-                x = layer.blocks[j](x, pairs, slots, place, fill)
+        for s in range(len(self.layers)):
+            layer = self.layers[s]
+            windows = ()
+            for shift in layer.shifts:
+                windows += whole_image((h, w), layer.window, shift)
+            x = layer(x, windows, h % layer.window > 0 or w % layer.window > 0)
             maps.append(x.transpose(0, 2, 1).reshape(x.shape[0], -1, h, w))
-            if layer.downsample is not None:
+            if s < len(self.layers) - 1:
                 x = layer.downsample.on_grid(x, (h, w), self.rows_first)
                 h, w = (h + 1) // 2, (w + 1) // 2
         return maps
