@@ -4,11 +4,17 @@ Prints one JSON line: step_s (median), images_per_s, compile_s and peak_rss_mb; 
 `ratio`, our median by the peer's. Steps alternate in one run, so that both meet the same noise. Both sides use this
 project's optimizer and finite check; inputs are random, made before the clock starts. Each side is built and compiled
 in a process of its own, so that compile_s and peak_rss_mb are its own; the processes take turns.
+
+Peers: `mindcv-mae`, mindcv's MAE ViT-B/16; `dense`, for a Swin recipe, the same model with all visible tokens of the
+first stage in one masked attention instead of packed windows.
+
+Swin recipes also print mask_ms, the time to draw and pack a mask.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -22,7 +28,7 @@ os.environ.setdefault("GLOG_v", "3")
 from localmim import cli
 from localmim.config import load_config
 
-PEERS = ("mindcv-mae",)
+PEERS = ("mindcv-mae", "dense")
 
 
 def ours(argv: list[str], batch_size: int):
@@ -36,6 +42,31 @@ def ours(argv: list[str], batch_size: int):
     masks = build_masking(load_config(argv), model)(0, np.arange(batch_size))
     images = np.random.default_rng(0).standard_normal((batch_size, encoder.in_chans, *encoder.image_size))
     return model, (images.astype(np.float32), *masks.arrays())
+
+
+def dense_swin(argv: list[str], batch_size: int):
+    """The recipe's Swin with one group of all visible tokens in its first stage: the same weights, losses and mask."""
+    import numpy as np
+
+    from localmim.errors import UserError
+    from localmim.mim.unit_masking import UnitMasking
+    from localmim.models.windows import Windows, pair_codes, pair_rows, window_labels
+    from localmim.training.build import build_masking
+
+    model, (images, *_) = ours(argv, batch_size)
+    masking = build_masking(load_config(argv), model)
+    if not isinstance(masking, UnitMasking):
+        raise UserError("--peer dense needs a Swin recipe")
+    mask = masking(0, np.arange(batch_size))
+    stage, windows = masking.stages[0], list(mask.windows)
+    seen = masking.coordinates[0][~mask.hidden].reshape(-1, 2)
+    order = np.arange(len(seen), dtype=np.int32)
+    for i, shift in enumerate(stage.shifts):
+        labels = window_labels(seen, stage.grid, stage.window, shift)
+        rows = pair_rows(pair_codes(seen, stage.window)[None], labels[None], stage.window)
+        windows[i] = Windows(rows, order, order)
+    mask = dataclasses.replace(mask, windows=tuple(windows))
+    return model, (images, *mask.arrays())
 
 
 def mindcv_mae(argv: list[str], batch_size: int):
@@ -111,7 +142,7 @@ def main(argv: list[str]) -> None:
     load_config(argv)  # a mistake in it is one line here, not a traceback of a side
     sides = {"ours": ours}
     if arguments.peer:
-        sides["peer"] = {"mindcv-mae": mindcv_mae}[arguments.peer]
+        sides["peer"] = {"mindcv-mae": mindcv_mae, "dense": dense_swin}[arguments.peer]
 
     context = multiprocessing.get_context("spawn")
     pipes, processes, results = {}, [], {}

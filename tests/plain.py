@@ -49,6 +49,160 @@ def block(x: np.ndarray, weights: dict[str, np.ndarray], num_heads: int) -> np.n
     return x + hidden @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
 
 
+def window_labels(coordinates: np.ndarray, window: int, shift: int) -> np.ndarray:
+    """Window (row, column) of tokens at (row, column): floor((c + (w - s) mod w) / w). [N, 2] -> [N, 2]."""
+    return np.floor((coordinates + (window - shift) % window) / window).astype(int)
+
+
+def rolled_windows(grid: tuple[int, int], window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """The official Swin's windows: fill up with -1, roll by -shift, cut; row-major tokens and mask regions [G, S]."""
+    (h, w), (H, W) = grid, (-(-side // window) * window for side in grid)
+    tokens = np.full((H, W), -1)
+    tokens[:h, :w] = np.arange(h * w).reshape(h, w)
+    tokens = np.roll(tokens, (-shift, -shift), (0, 1))
+    regions = np.zeros((H, W), int)
+    if shift:
+        parts = slice(0, -window), slice(-window, -shift), slice(-shift, None)
+        for n, (rows, columns) in enumerate((r, c) for r in parts for c in parts):
+            regions[rows, columns] = n
+    return tuple(
+        a.reshape(H // window, window, W // window, window).transpose(0, 2, 1, 3).reshape(-1, window * window)
+        for a in (tokens, regions)
+    )
+
+
+def relative_rows(query: np.ndarray, key: np.ndarray, window: int) -> np.ndarray:
+    """Row of the bias table for coordinates (row, column) in one window: [..., 2], [..., 2] -> [...]."""
+    d = query - key + window - 1
+    return d[..., 0] * (2 * window - 1) + d[..., 1]
+
+
+def unit_major(grid: tuple[int, int], units: tuple[int, int]) -> np.ndarray:
+    """(row, column) of a pyramid's tokens unit by unit, row by row inside a unit: [units, r*r, 2]."""
+    r = grid[0] // units[0]
+    places = [
+        [(a * r + i, b * r + j) for i in range(r) for j in range(r)] for a in range(units[0]) for b in range(units[1])
+    ]
+    return np.array(places)
+
+
+def swin_coordinates(hidden: np.ndarray, grid, units, scrambled: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Visible tokens of hidden [units] in unit-major order: where they are, and what windows take them for, [N, 2].
+
+    The same, except scrambled (Q2): the k-th token in unit-major order is taken for the k-th of the grid in row order.
+    """
+    places = unit_major(grid, units)
+    seen = places[~hidden].reshape(-1, 2)
+    if not scrambled:
+        return seen, seen
+    k = np.flatnonzero(np.repeat(~hidden, places.shape[1]))
+    return seen, np.stack([k // grid[1], k % grid[1]], axis=1)
+
+
+def window_attention(rows, w: dict[str, np.ndarray], num_heads: int, attend, index) -> np.ndarray:
+    """Normed rows [B, G, N, D]; which pairs attend and their row of the bias table, query first, [G, N, N]."""
+    B, G, N, D = rows.shape
+    qkv = (rows @ w["attn.qkv.weight"].T + w["attn.qkv.bias"]).reshape(B, G, N, 3, num_heads, D // num_heads)
+    q, k, v = qkv.transpose(3, 0, 1, 4, 2, 5)  # each [B, G, nh, N, hd]
+    logits = q @ k.swapaxes(-1, -2) * (D // num_heads) ** -0.5
+    logits += w["attn.relative_position_bias_table"][np.where(attend, index, 0)].transpose(0, 3, 1, 2)
+    mixed = softmax(np.where(attend[:, None], logits, -np.inf)) @ v
+    return mixed.transpose(0, 1, 3, 2, 4).reshape(rows.shape) @ w["attn.proj.weight"].T + w["attn.proj.bias"]
+
+
+def swin_mlp(x: np.ndarray, w: dict[str, np.ndarray], eps: float) -> np.ndarray:
+    """The second half of a block: x [..., D]."""
+    rows = layer_norm(x, w["norm2.gamma"], w["norm2.beta"], eps)
+    return x + gelu(rows @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]) @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+
+
+def below(weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Weights under a prefix, float64, by the rest of their name."""
+    return {n[len(prefix) :]: a.astype(np.float64) for n, a in weights.items() if n.startswith(prefix)}
+
+
+def swin_embed(images: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
+    """[B, C, H, W] -> normed patches [B, h, w, D]."""
+    w = below(weights, "patch_")
+    kernel = w["embed.weight"]
+    B, C, H, W = images.shape
+    p = kernel.shape[-1]
+    patches = images.astype(np.float64).reshape(B, C, H // p, p, W // p, p)
+    x = np.einsum("bciyjx,dcyx->bijd", patches, kernel) + w["embed.bias"]
+    return layer_norm(x, w["norm.gamma"], w["norm.beta"])
+
+
+def swin_merge(x: np.ndarray, weights: dict[str, np.ndarray], stage: int, rows_first: bool) -> np.ndarray:
+    """[B, h, w, D] -> [B, h/2, w/2, 2D]; an odd side is filled up with zeros."""
+    w = below(weights, f"layers.{stage}.downsample.")
+    x = np.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    order = [(0, 0), (0, 1), (1, 0), (1, 1)] if rows_first else [(0, 0), (1, 0), (0, 1), (1, 1)]
+    x = np.concatenate([x[:, i::2, j::2] for i, j in order], axis=-1)
+    return layer_norm(x, w["norm.gamma"], w["norm.beta"]) @ w["reduction.weight"].T
+
+
+def visible_swin(images, weights, hidden, windows, num_heads, depths, quirks) -> list[np.ndarray]:
+    """Swin on visible tokens alone, one dense masked attention over all of them.
+
+    Args:
+        hidden: [units] bool, of the last stage's grid.
+        windows: (window, shift) of each stage.
+        quirks: The authors' merging order and their coordinates in all stages but the first.
+
+    Returns:
+        Before and after each merging (the last stage has none: once), [B, h, w, D] with NaN at hidden tokens.
+    """
+    x = swin_embed(images, weights)
+    last = len(depths) - 1
+    units = x.shape[1] >> last, x.shape[2] >> last
+    outputs = []
+    for s, (window, shift) in enumerate(windows):
+        (i, j), coordinates = (a.T for a in swin_coordinates(hidden, x.shape[1:3], units, quirks and s > 0))
+        c = coordinates.T
+        for block_number in range(depths[s]):
+            w = below(weights, f"layers.{s}.blocks.{block_number}.")
+            labels = window_labels(c, window, shift if block_number % 2 else 0)
+            attend = (labels[:, None] == labels[None]).all(-1)[None]
+            index = relative_rows(c[:, None], c[None], window)[None]
+            tokens = x[:, i, j]  # [B, N, D]
+            rows = layer_norm(tokens, w["norm1.gamma"], w["norm1.beta"])
+            tokens = tokens + window_attention(rows[:, None], w, num_heads[s], attend, index)[:, 0]
+            x = np.full_like(x, np.nan)
+            x[:, i, j] = swin_mlp(tokens, w, 1e-6)
+        outputs.append(x)
+        if s < last:
+            x = swin_merge(x, weights, s, rows_first=quirks)
+            outputs.append(x)
+    return outputs
+
+
+def official_swin(images, weights, windows, num_heads, depths, rows_first=False, norm2_eps=1e-6) -> list[np.ndarray]:
+    """Swin on whole images as the official code has it: fill up, roll, cut windows, mask regions, put back.
+
+    Returns:
+        Each stage before its merging, [B, D, h, w].
+    """
+    x = swin_embed(images, weights)
+    maps = []
+    for s, (window, shift) in enumerate(windows):
+        B, h, w_, D = x.shape
+        for block_number in range(depths[s]):
+            w = below(weights, f"layers.{s}.blocks.{block_number}.")
+            tokens, regions = rolled_windows((h, w_), window, shift if block_number % 2 else 0)
+            rows = layer_norm(x, w["norm1.gamma"], w["norm1.beta"]).reshape(B, h * w_, D)
+            rows = np.concatenate([rows, np.zeros((B, 1, D))], axis=1)[:, tokens]  # token -1 is zero: [B, G, S, D]
+            cell = np.stack(np.divmod(np.arange(window * window), window), axis=1)
+            index = np.broadcast_to(relative_rows(cell[:, None], cell[None], window), (*tokens.shape, window**2))
+            rows = window_attention(rows, w, num_heads[s], regions[:, :, None] == regions[:, None], index)
+            back = np.zeros((B, h * w_, D))
+            back[:, tokens[tokens >= 0]] = rows[:, tokens >= 0]
+            x = swin_mlp(x + back.reshape(x.shape), w, norm2_eps)
+        maps.append(x.transpose(0, 3, 1, 2))
+        if s < len(depths) - 1:
+            x = swin_merge(x, weights, s, rows_first)
+    return maps
+
+
 def sobel(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Horizontal and vertical gradients, a nine-tap sum each: float64 [B, C, H, W] -> two of the same shape."""
     kernel = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.float64)

@@ -31,6 +31,8 @@ def changed(path: Path, target: Path, **arrays: np.ndarray) -> str:
         ("localmim_vit_mim_img64.npz", 56),
         ("localmim_vit_mim_epsprobe.npz", 55),
         ("localmim_vit_mim_img96.npz", 55),
+        ("localmim_swin_mim_epsprobe.npz", 92),
+        ("localmim_swin_grouping.npz", 232),
     ],
 )
 def test_equals_the_authors(capsys, file, values):
@@ -77,8 +79,8 @@ def test_a_value_that_is_off_is_seen(capsys, tmp_path):
 def test_nothing_to_compare_is_not_success(capsys, tmp_path):
     """A case that this version does not know, and a file that is not there: exit code 2, never 0."""
     path = tmp_path / "other.npz"
-    np.savez(path, config=np.array(json.dumps({"case": "swin_mim"})))
+    np.savez(path, config=np.array(json.dumps({"case": "unheard_of"})))
     assert parity.main([str(path)]) == 2
-    assert "SKIP swin_mim" in capsys.readouterr().out
+    assert "SKIP unheard_of" in capsys.readouterr().out
     assert parity.main([str(tmp_path / "nowhere.npz")]) == 2
     assert "no such file" in capsys.readouterr().err

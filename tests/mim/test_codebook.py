@@ -14,15 +14,8 @@ from localmim.config import DataConfig
 from localmim.data.pipeline import TrainPipeline
 from localmim.data.sources import ArraySource, open_source
 from localmim.errors import UserError
-from localmim.mim.codebook import (
-    FORMAT,
-    Patches,
-    cluster,
-    main,
-    open_tokenizer,
-    pooled_side,
-    require_fixed_crops,
-)
+from localmim.mim.codebook import cluster, main
+from localmim.mim.tokenizers import FORMAT, Patches, open_tokenizer, pooled_side, require_fixed_crops
 
 SIZE = (32, 64)  # height and width differ everywhere
 

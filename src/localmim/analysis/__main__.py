@@ -12,7 +12,6 @@ from localmim.config import config_from_dict, read_recipe
 from localmim.data.sources import open_source
 from localmim.device import set_device
 from localmim.errors import UserError
-from localmim.mim.cells import cell_pixels
 from localmim.training.build import build_model
 from localmim.training.restore import restore
 from localmim.training.runlog import METRICS
@@ -29,7 +28,7 @@ def draw_curve(run: str, out: str = "") -> Path:
     if not metrics.is_file():
         raise UserError(f"{run} is no run: it holds no {METRICS}")
     model = build_model(config_from_dict(read_recipe(Path(run) / "config.yaml")))
-    names = [f"{cell_pixels(model.encoder.patch_size, d.scale)} px cells" for d in model.decoders]
+    names = [f"{model.encoder.tap_name(k)}, {cell} px cells" for k, cell in enumerate(model.cell_sides())]
     path = loss_curve(metrics, Path(out) if out else Path(run) / "loss_curve.png", names)
     print(f"loss curve: {path}")
     return path

@@ -23,8 +23,8 @@ class _Outputs(nn.Cell):
         super().__init__()
         self.model = model
 
-    def construct(self, images, ids_keep, ids_mask, ids_restore):
-        return self.model.predict(images, ids_keep, ids_mask, ids_restore), self.model.target(images)
+    def construct(self, images, *arrays):
+        return self.model.predict(images, *arrays), self.model.targets(images, *arrays)
 
 
 def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: int, path: Path) -> Path:
@@ -41,13 +41,12 @@ def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: 
     network = _Outputs(model)
     network.set_train(False)
     predictions, targets = network(Tensor(images, ms.float32), *map(Tensor, mask.arrays()))
-    h, w = encoder.grid
+    h, w = encoder.mask_grid
     drawn_targets, drawn_predictions, names = [], [], []
-    for prediction, target, decoder in zip(predictions, targets, model.decoders):
-        target = target.asnumpy()
-        grid = rows_to_grid(prediction.asnumpy().astype(np.float32), decoder.scale, mask.ids_mask, encoder.grid)
-        cell = encoder.image_size[0] // target.shape[1]
-        names.append(f"block {encoder.taps[len(names)] + 1}, {cell} px cells")
+    for k, (cell, decoder) in enumerate(zip(model.cell_sides(), model.decoders)):
+        target, prediction = targets[k].asnumpy(), predictions[k].asnumpy().astype(np.float32)
+        grid = rows_to_grid(prediction, decoder.scale, mask.tap(k).ids_mask, decoder.grid)
+        names.append(f"{encoder.tap_name(k)}, {cell} px cells")
         if config.target.kind == "hog":
             shape = (*target.shape[:3], encoder.in_chans, -1)
             drawn_targets.append(target.reshape(shape))

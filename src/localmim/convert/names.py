@@ -2,8 +2,8 @@
 
 LayerNorm's weight and bias are gamma and beta here; the encoder, the taps' norms, the decoders and the HOG bias have a
 prefix that says which part of the method they are. Layouts are identical. The fixed Sobel kernel of `hog_enc` and the
-index buffers of window attention have no counterpart; the HOG biases, one tensor a scale there, are one array [scales, 2]
-here.
+index buffers of window attention have no counterpart; the HOG biases, one tensor a scale there, are one array
+[scales, 2] here.
 """
 
 from __future__ import annotations

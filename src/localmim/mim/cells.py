@@ -17,14 +17,19 @@ from localmim.models.layers import take_rows
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
 
+def check_scale(scale: float) -> None:
+    """ValueError when the scale is none of 4, 2, 1, 0.5."""
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale:g} is none of 4, 2, 1, 0.5")
+
+
 def cell_pixels(patch: int, scale: float) -> int:
     """Side of a cell in pixels.
 
     Raises:
         ValueError: The scale is none of 4, 2, 1, 0.5, or does not divide the patch.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale {scale:g} is none of 4, 2, 1, 0.5")
+    check_scale(scale)
     cell = patch / scale
     if cell != int(cell):
         raise ValueError(f"scale {scale:g} does not divide a patch of {patch} px into whole cells")

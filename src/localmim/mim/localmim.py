@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from mindspore import nn
 
-from localmim.mim.cells import cell_pixels
+from localmim.mim.cells import cell_pixels, check_scale
 from localmim.mim.decoders import Decoder
 from localmim.mim.losses import cross_entropy, squared_error
 from localmim.mim.model import MaskedImageModel
@@ -38,6 +38,8 @@ def checked(scales: Sequence[float], taps: Sequence[int] | None, default: Callab
     scales = [float(s) for s in scales]
     if not scales:
         raise ValueError("scales is empty: name at least one of 4, 2, 1, 0.5")
+    for scale in scales:
+        check_scale(scale)
     taps = default(scales) if taps is None else list(taps)
     if len(taps) != len(scales):
         raise ValueError(f"taps {taps} and scales {scales} must be of one length")
@@ -104,13 +106,15 @@ def localmim_vit(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    scales, taps = checked(scales, taps, lambda scales: default_taps(depth, scales))
-    cells = [cell_pixels(patch_size, s) for s in scales]
+    if not isinstance(num_heads, int):
+        raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
     if depth < MIN_DEPTH:
         raise ValueError(
             f"LocalMIM needs an encoder of at least {MIN_DEPTH} blocks, got depth {depth}: "
             "its four taps 1, 3, depth-3, depth-1 would meet"
         )
+    scales, taps = checked(scales, taps, lambda scales: default_taps(depth, scales))
+    cells = [cell_pixels(patch_size, s) for s in scales]
     targets = build_target(target, cells, in_chans, nbins, hog_bias, norm_pix, vocab, seed)
     encoder = VisionTransformer(
         image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, tuple(taps), isolated_gradients
@@ -158,6 +162,8 @@ def localmim_swin(
     Raises:
         ValueError: Sizes that do not fit together.
     """
+    if isinstance(num_heads, int):
+        raise ValueError(f"num_heads {num_heads} must be a list for a Swin, one number a stage")
     taps = list(range(len(depths))) if taps is None else taps
     scales, taps = checked([1] * len(taps) if scales is None else scales, taps, list)
     encoder = SwinTransformer(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mindspore import Tensor, nn, ops
 
-from localmim.mim.cells import coarse_weights, target_rows
+from localmim.mim.cells import cell_pixels, coarse_weights, target_rows
 from localmim.mim.losses import squared_error, weighted_mean
 
 
@@ -29,6 +29,11 @@ class MaskedImageModel(nn.Cell):
         self.decoders = nn.CellList(decoders)
         self.target = target
         self.error = error
+
+    def cell_sides(self) -> list[int]:
+        """Side of a cell at each scale, in pixels."""
+        sides = [self.encoder.image_size[0] // d.grid[0] for d in self.decoders]
+        return [cell_pixels(side, d.scale) for side, d in zip(sides, self.decoders)]
 
     def predict(self, images: Tensor, *arrays: Tensor) -> list[Tensor]:
         """Predictions as rows, one a scale."""

@@ -164,6 +164,8 @@ class SwinTransformer(nn.Cell):
         ValueError: Sizes that do not divide, or a tap that is no stage.
     """
 
+    no_decay: tuple[str, ...] = ("position_bias", "token")  # parameters whose names hold one of these do not decay
+
     def __init__(
         self,
         image_size=224,
@@ -225,12 +227,17 @@ class SwinTransformer(nn.Cell):
         """Tap k in words."""
         return f"stage {self.taps[k] + 1}"
 
+    def idle(self) -> str:
+        """What lies above the last tap, which no loss reads, in words; empty when nothing does."""
+        count = len(self.layers) - 1 - self.taps[-1]
+        return f"the top {count} of {len(self.layers)} stages" if count else ""
+
     def embed(self, images: Tensor, *mask: Tensor) -> Tensor:
         """images [B, C, H, W] -> normed patches [B, K, D]; without a mask all of them, row-major."""
         return self.patch_norm(self.patch_embed(images, mask[0]) if mask else self.patch_embed(images))
 
     def stage_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
-        """Visible tokens before and after each merging (the same in the last stage), up to the last tap: [B, K_s, D_s]."""
+        """Visible tokens [B, K_s, D_s] before and after each merging up to the last tap; the last stage has none."""
         x = self.embed(images, *mask)
         outputs = []
         first = 1 + 3 * len(self.taps)  # of the current stage's windows in `mask`

@@ -36,6 +36,8 @@ class VisionTransformer(nn.Cell):
         ValueError: Sizes that do not divide, or a tap outside the depth.
     """
 
+    no_decay: tuple[str, ...] = ()  # in pre-training tokens decay, as the authors have it (docs/quirks.md, Q11)
+
     def __init__(
         self,
         image_size=224,
@@ -73,6 +75,11 @@ class VisionTransformer(nn.Cell):
     def tap_name(self, k: int) -> str:
         """Tap k in words."""
         return f"block {self.taps[k] + 1}"
+
+    def idle(self) -> str:
+        """What lies above the last tap, which no loss reads, in words; empty when nothing does."""
+        count = self.depth - 1 - self.taps[-1]
+        return f"the top {count} of {self.depth} blocks" if count else ""
 
     def embed(self, images: Tensor, *mask: Tensor) -> Tensor:
         """images [B, C, H, W], a mask's arrays -> tokens with position code [B, 1+K, D], class token first."""

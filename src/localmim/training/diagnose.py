@@ -38,7 +38,7 @@ def write_dump(
         "images": names,
     }
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    arrays = [np.concatenate(group) for group in zip(*parts)]
+    arrays = [np.stack(group) for group in zip(*parts)]  # the parts of the step, one after the other
     np.savez(path.with_suffix(".npz"), **{f"input_{i}": a for i, a in enumerate(arrays)})
     return path
 

@@ -17,14 +17,14 @@ import mindspore as ms
 import numpy as np
 import yaml
 
-from localmim.config import Config
+from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
 from localmim.data.sources import open_source
 from localmim.device import compute_dtype, set_device
 from localmim.errors import RunError, UserError
 from localmim.models.layers import set_compute_dtype
-from localmim.training.build import build_masking, build_model
+from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
 from localmim.training.diagnose import write_dump
 from localmim.training.optimizer import AdamW
@@ -58,6 +58,7 @@ class Pretraining:
         self.masking = build_masking(config, self.model)
         encoder = self.model.encoder
         self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
+        self.tokenizer = build_tokenizer(config, self.model, self.source)
         self.effective_batch = config.batch_size * config.accumulate
         self.pipeline = TrainPipeline(
             self.source, config.data, encoder.image_size, encoder.in_chans, self.effective_batch, config.seed
@@ -66,7 +67,7 @@ class Pretraining:
         # ---- Optimizer and schedule
         options = config.optimizer
         trainable = {n: p for n, p in self.model.parameters_and_names() if p.requires_grad}
-        self.optimizer = AdamW(trainable, options.betas, options.eps, options.weight_decay)
+        self.optimizer = AdamW(trainable, options.betas, options.eps, options.weight_decay, encoder.no_decay)
         self.scaler = LossScaler(config.precision == "fp16")
         self.train_step = TrainStep(self.model, self.optimizer, config.accumulate, options.clip_grad, self.scaler)
         self.lr = scaled_lr(options.blr, self.effective_batch) if options.lr is None else options.lr
@@ -93,7 +94,7 @@ class Pretraining:
         Raises:
             UserError: It belongs to a recipe that computes something else.
         """
-        refuse_other_recipe(checkpoint.config, self.config.as_dict(), self.output)
+        refuse_other_recipe(config_from_dict(checkpoint.config).as_dict(), self.config.as_dict(), self.output)
         state = checkpoint.state
         load_weights(self.model, checkpoint.weights())
         self.optimizer.load_state(checkpoint.optimizer())
@@ -128,10 +129,14 @@ class Pretraining:
     # ---- Steps
 
     def parts(self, batch: Batch, epoch: int) -> list[tuple[np.ndarray, ...]]:
-        """The model's inputs for each forward pass of a step: images and mask arrays."""
-        arrays = (batch.images, *self.masking(epoch, batch.ids).arrays())
+        """The model's inputs for each forward pass of a step: images, mask arrays, codebook ids if any."""
         size = self.config.batch_size
-        return [tuple(a[i : i + size] for a in arrays) for i in range(0, self.effective_batch, size)]
+        parts = []
+        for i in range(0, self.effective_batch, size):
+            images, samples = batch.images[i : i + size], batch.ids[i : i + size]
+            ids = () if self.tokenizer is None else self.tokenizer(images, samples)
+            parts.append((images, *self.masking(epoch, samples).arrays(), *ids))
+        return parts
 
     def advance(self, batch: Batch, epoch: int) -> StepResult:
         """One optimizer step.
@@ -231,15 +236,15 @@ def pretrain(config: Config) -> None:
 def introduction(run: Pretraining) -> list[str]:
     """What a run says before its first step."""
     config, encoder = run.config, run.model.encoder
-    h, w = encoder.grid
+    h, w = encoder.mask_grid
     trained = sum(p.size for p in run.optimizer.parameters)
     lines = [
         f"{config.model.name} on {run.device} in {config.precision}: {trained / 1e6:.1f} M parameters are trained",
-        f"{len(run.source)} images from {config.data.dir}; {h}x{w} patches, {run.masking.keep} visible",
+        f"{len(run.source)} images from {config.data.dir}; "
+        f"{h}x{w} squares of {encoder.mask_unit} px, {run.masking.keep} visible",
     ]
-    idle = encoder.depth - 1 - encoder.taps[-1]
-    if idle:
-        lines.append(f"the top {idle} of {encoder.depth} blocks lie above the last tap and are not trained")
+    if encoder.idle():
+        lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
     equation = f"{config.optimizer.blr:g} x {run.effective_batch} / 256 = " if config.optimizer.lr is None else ""
     lines += [
         f"lr = {equation}{run.lr:g}; effective batch {config.batch_size} x {config.accumulate} = {run.effective_batch}",

@@ -15,9 +15,9 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 
-def decays(name: str, parameter: Parameter) -> bool:
-    """The authors' rule in pre-training: all but biases and 1-D tensors decay, tokens included."""
-    return len(parameter.shape) > 1 and not name.endswith((".bias", ".beta"))
+def decays(name: str, parameter: Parameter, no_decay: tuple[str, ...] = ()) -> bool:
+    """The authors' rule in pre-training: all decays but biases, 1-D tensors and what has a word of `no_decay` in it."""
+    return len(parameter.shape) > 1 and not name.endswith((".bias", ".beta")) and not any(w in name for w in no_decay)
 
 
 def zeros_like(parameters, prefix: str) -> ParameterTuple:
@@ -45,15 +45,23 @@ class AdamW(nn.Cell):
     Args:
         parameters: Names to trainable parameters; the names decide on weight decay.
         betas, eps, weight_decay: As in PyTorch.
+        no_decay: Parameters with one of these words in their name do not decay.
     """
 
-    def __init__(self, parameters: dict[str, Parameter], betas=(0.9, 0.95), eps: float = 1e-8, weight_decay=0.05):
+    def __init__(
+        self,
+        parameters: dict[str, Parameter],
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+        no_decay: tuple[str, ...] = (),
+    ):
         super().__init__()
         self.names = list(parameters)
         self.parameters = ParameterTuple(parameters.values())
         self.first = zeros_like(self.parameters, "first")
         self.second = zeros_like(self.parameters, "second")
-        self.decays = tuple(decays(n, p) for n, p in parameters.items())
+        self.decays = tuple(decays(n, p, no_decay) for n, p in parameters.items())
         self.betas, self.eps, self.weight_decay = tuple(betas), eps, weight_decay
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
         self.adam = ops.Adam()
