@@ -5,10 +5,9 @@ Prints one JSON line: step_s (median), images_per_s, compile_s and peak_rss_mb; 
 project's optimizer and finite check; inputs are random, made before the clock starts. Each side is built and compiled
 in a process of its own, so that compile_s and peak_rss_mb are its own; the processes take turns.
 
-Peers: `mindcv-mae`, mindcv's MAE ViT-B/16; `dense`, for a Swin recipe, the same model with all visible tokens of the
-first stage in one masked attention instead of packed windows.
-
-Swin recipes also print mask_ms, the time to draw and pack a mask.
+Peers: `mindcv-mae`, mindcv's MAE ViT-B/16. For a Swin recipe `dense`, the same model with all visible tokens of the
+first stage in one masked attention instead of packed windows, and `plain-swin`, the recipe in MindSpore's stock layers
+with dense masked attention in every stage (benchmarks/peers/plain_swin.py).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ os.environ.setdefault("GLOG_v", "3")
 from localmim import cli
 from localmim.config import load_config
 
-PEERS = ("mindcv-mae", "dense")
+PEERS = ("mindcv-mae", "dense", "plain-swin")
 
 
 def ours(argv: list[str], batch_size: int):
@@ -104,6 +103,13 @@ def mindcv_mae(argv: list[str], batch_size: int):
     return WithParts(model), (images, masks.astype(np.float32))
 
 
+def plain_swin(argv: list[str], batch_size: int):
+    """The same loss in stock layers."""
+    from peers.plain_swin import build
+
+    return build(argv, batch_size)
+
+
 def serve(pipe, build, argv: list[str], batch_size: int, device: str) -> None:
     """A side's process: builds, compiles with one step, then makes a step for every message."""
     import mindspore as ms
@@ -142,7 +148,8 @@ def main(argv: list[str]) -> None:
     load_config(argv)  # a mistake in it is one line here, not a traceback of a side
     sides = {"ours": ours}
     if arguments.peer:
-        sides["peer"] = {"mindcv-mae": mindcv_mae, "dense": dense_swin}[arguments.peer]
+        builders = {"mindcv-mae": mindcv_mae, "dense": dense_swin, "plain-swin": plain_swin}
+        sides["peer"] = builders[arguments.peer]
 
     context = multiprocessing.get_context("spawn")
     pipes, processes, results = {}, [], {}
