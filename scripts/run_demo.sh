@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained, checked encoder, everything under outputs/demo/. Needs Python 3.11 or 3.12.
+# From a fresh machine to a trained, checked encoder: bash scripts/run_demo.sh [vit|swin]
+# Everything is under outputs/demo/ (vit) or outputs/demo_swin/. Needs Python 3.11 or 3.12.
 # Run it again: what is done already is not done twice, and a run that was stopped goes on.
 set -euo pipefail
+variant=${1:-vit}
+case $variant in
+    vit) out=outputs/demo ;;
+    swin) out=outputs/demo_swin ;;
+    *)
+        echo "error: expected vit or swin, got '$variant'" >&2
+        exit 2
+        ;;
+esac
 source "$(dirname "$0")/env.sh"
 use_environment requirements.txt
 
-out=outputs/demo
-python -m localmim.data.builtin --root $out/images
-python train.py --config config/demo/localmim_vit.yaml
-python -m localmim.evaluation knn --ckpt $out/run --data-dir $out/images --out $out/knn.json
+images=outputs/demo/images
+python -m localmim.data.builtin --root $images
+python train.py --config "config/demo/localmim_$variant.yaml"
+python -m localmim.evaluation knn --ckpt $out/run --data-dir $images --out $out/knn.json
 python -m localmim.analysis curve --run $out/run --out $out/loss_curve.png
-python -m localmim.analysis reconstruct --ckpt $out/run --data-dir $out/images/val --out $out/reconstructions.png
+python -m localmim.analysis reconstruct --ckpt $out/run --data-dir $images/val --out $out/reconstructions.png
 echo "checkpoint and metrics.jsonl: $out/run"

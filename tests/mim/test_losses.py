@@ -79,9 +79,9 @@ def test_cross_entropy(scale, weighted):
     ids[1, 3] = logits[1, 3].argmax()
     weights, shares = row_weights(weighted)
     expected, slope = plain_cross_entropy(logits, ids)
-    errors = Error(cross_entropy)(Tensor(logits), Tensor(ids))
+    errors = Error(cross_entropy)(Tensor(logits), Tensor(ids[..., None]))
     np.testing.assert_allclose(errors.asnumpy(), expected, rtol=1e-5, atol=1e-6 * scale)
-    loss, gradient = Mean(cross_entropy, weights)(Tensor(logits), Tensor(ids))
+    loss, gradient = Mean(cross_entropy, weights)(Tensor(logits), Tensor(ids[..., None]))
     np.testing.assert_allclose(float(loss), (expected * shares).sum(), rtol=1e-5)
     np.testing.assert_allclose(gradient.asnumpy(), slope * shares[..., None], atol=1e-6)
 
@@ -93,7 +93,7 @@ def test_half_precision_predictions(error):
     p = (generator.normal(size=(1, 3, 600)) * 300).astype(np.float16)
     t = generator.integers(0, 600, (1, 3)) if error is cross_entropy else generator.normal(size=(1, 3, 600))
     t = t.astype(np.int32 if error is cross_entropy else np.float32)
-    got = Error(error)(Tensor(p), Tensor(t))
+    got = Error(error)(Tensor(p), Tensor(t[..., None] if error is cross_entropy else t))
     assert got.dtype == ms.float32
     if error is cross_entropy:
         expected = plain_cross_entropy(p, t)[0]

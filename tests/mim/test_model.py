@@ -133,6 +133,26 @@ def test_pixels_of_four_channels():
     np.testing.assert_allclose(losses.asnumpy(), case.expected_losses(predictions, targets), rtol=5e-6)
 
 
+@pytest.mark.parametrize("scales", [[4, 2, 1, 0.5], [2, 0.5]])
+def test_codebook_ids_at_any_scales(scales):
+    """The loss is the cross-entropy of hidden cells' ids by the formula, weighted by the hidden share at scale 1/2."""
+    case = Case((32, 48), 3, scales=scales, target="codebook", vocab=5)
+    rng = np.random.default_rng(3)
+    grids = [tuple(int(side * s) for side in case.grid) for s in scales]
+    ids = [rng.integers(0, 5, (3, *grid)).astype(np.int32) for grid in grids]
+    tensors = [*case.inputs(), *map(Tensor, ids)]
+    (loss, losses), _ = case.differentiate(*tensors)
+    assert float(loss.asnumpy()) == pytest.approx(float(losses.asnumpy().sum()), rel=1e-6)
+    mask = case.mask.mask().reshape(-1, *case.grid)
+    for k, (s, rows) in enumerate(zip(scales, case.model.predict(*tensors))):
+        logits = rows_to_grid(rows.asnumpy(), s, case.mask.ids_mask, case.grid).astype(np.float64)
+        shares = plain.softmax(np.nan_to_num(logits))
+        errors = -np.log(np.take_along_axis(shares, ids[k][..., None].astype(int), -1)[..., 0])
+        h, w = case.grid
+        M = mask.repeat(int(s), 1).repeat(int(s), 2) if s >= 1 else mask.reshape(-1, h // 2, 2, w // 2, 2).mean((2, 4))
+        assert float(losses.asnumpy()[k]) == pytest.approx((M * errors).sum() / M.sum(), rel=1e-5)
+
+
 def test_default_taps_of_some_scales():
     """An ablation may name scales only: each keeps its published depth."""
     for scales, taps in (([4, 2, 1, 0.5], (1, 3, 4, 6)), ([2, 0.5], (3, 6)), ([4], (1,)), ([1], (4,))):

@@ -164,7 +164,7 @@ def check_windows(packed: Windows, coordinates: np.ndarray, grid: tuple[int, int
 
 
 @pytest.mark.parametrize("window", [7, 14, 5, 8])
-@pytest.mark.parametrize(("size", "count"), [("192", 40), ("224", 50), ("256x320", 24), ("448", 4)])
+@pytest.mark.parametrize(("size", "count"), [("192", 24), ("224", 32), ("256x320", 14), ("448", 4)])
 def test_masks(size, window, count):
     """Two tokens attend to one another if and only if they share a window, and the fixed shape always holds them.
 
@@ -182,9 +182,9 @@ def test_masks(size, window, count):
 
 @pytest.mark.parametrize("window", [7, 14, 5, 8])
 def test_shape_suffices_for_thousands_of_masks(window):
-    """1200 masks a window, 192 to 256x320 px, packed for their number of groups alone."""
+    """800 masks a window, 192 to 256x320 px, packed for their number of groups alone."""
     rng = np.random.default_rng(window)
-    for n in range(1200):
+    for n in range(800):
         size = SIZES[("192", "224", "256x320")[n % 3]]
         units = size[0] // 8, size[1] // 8
         hidden = unit_mask(rng, units[0] * units[1], rng.uniform(0.25, 0.9))

@@ -162,8 +162,11 @@ def localmim_swin(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    if isinstance(num_heads, int):
-        raise ValueError(f"num_heads {num_heads} must be a list for a Swin, one number a stage")
+    for name, value in (("depths", depths), ("num_heads", num_heads), ("taps", taps)):
+        if isinstance(value, int):
+            raise ValueError(f"{name} {value} must be a list for a Swin, one number a stage")
+    if not isinstance(window_size, int):
+        raise ValueError(f"window_size {window_size} must be one whole number")
     taps = list(range(len(depths))) if taps is None else taps
     scales, taps = checked([1] * len(taps) if scales is None else scales, taps, list)
     encoder = SwinTransformer(

@@ -20,11 +20,12 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """-log softmax(logits)[id] of each row: [B, R, V], ids int [B, R] in 0..V-1 -> [B, R] float32."""
-    B, R, V = logits.shape
-    log_shares = ops.log_softmax(logits.astype(ms.float32), axis=-1).reshape(B * R * V)
-    starts = Tensor(np.arange(B * R, dtype=np.int64).reshape(B, R) * V)  # int64: B*R*V may pass 2^31
-    return -ops.gather(log_shares, starts + ids.astype(ms.int64), 0)  # [B, R]
+    """-log softmax(logits)[id] of each cell, n cells a row: [B, R, n*V], ids int [B, R, n] in 0..V-1 -> [B, R*n]."""
+    B, R, n = ids.shape
+    V = logits.shape[2] // n
+    log_shares = ops.log_softmax(logits.astype(ms.float32).reshape(B * R * n, V), axis=-1).reshape(B * R * n * V)
+    starts = Tensor(np.arange(B * R * n, dtype=np.int64).reshape(B, R * n) * V)  # int64: B*R*n*V may pass 2^31
+    return -ops.gather(log_shares, starts + ids.reshape(B, R * n).astype(ms.int64), 0)
 
 
 def weighted_mean(errors: Tensor, weights: Tensor | None = None) -> Tensor:
