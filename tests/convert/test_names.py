@@ -81,6 +81,34 @@ def test_there_and_back_is_bit_for_bit(file):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
+def test_swin_there_and_back_is_bit_for_bit():
+    """The authors' Swin keeps its prefix; index buffers, which ours has no parameter for, are written anew."""
+    with np.load(GOLDEN / "localmim_swin_mim_epsprobe.npz") as z:
+        theirs = {k[len("param/") :]: z[k] for k in z.files if k.startswith("param/")}
+        config = json.loads(str(z["config"]))
+    sizes = {n: config[n] for n in ("embed_dim", "depths", "num_heads")}
+    model = localmim.create_model(
+        "localmim_swin_base_patch4_window7_224",
+        decoder_dim=config["decoder_embed_dim"],
+        decoder_heads=config["decoder_num_heads"],
+        nbins=config["hog_nbins"],
+        **sizes,
+    )
+    scales = [1.0] * 4
+    load_weights(model, from_torch(theirs, list(weights_of(model)), scales))
+    back = to_torch(weights_of(model), scales)
+    indices = {n for n in back if n.endswith("relative_position_index")}
+    assert back.keys() - indices == theirs.keys() and len(indices) == sum(config["depths"])
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+    i, j = np.divmod(np.arange(49), 7)
+    expected = (i[:, None] - i + 6) * 13 + j[:, None] - j + 6
+    for name in indices:
+        np.testing.assert_array_equal(back[name], expected)
+    again = from_torch(back, list(weights_of(model)), scales)
+    assert not [n for n in again if n.endswith("relative_position_index")]
+
+
 def test_pixel_models_have_no_sobel_kernels(model):
     """They are part of the HOG target only."""
     names = to_torch(weights_of(model), SCALES, hog=False)

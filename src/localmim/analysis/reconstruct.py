@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
@@ -15,7 +16,8 @@ from localmim.data.sources import Source
 from localmim.errors import UserError
 from localmim.mim.cells import rows_to_grid
 from localmim.mim.model import MaskedImageModel
-from localmim.training.build import build_masking
+from localmim.mim.tokenizers import StoredIds
+from localmim.training.build import build_masking, build_tokenizer
 
 
 class _Outputs(nn.Cell):
@@ -30,17 +32,24 @@ class _Outputs(nn.Cell):
 def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: int, path: Path) -> Path:
     """Draws `count` images, spread evenly over `source`, with the masks that they have in epoch 0.
 
+    HOG is drawn as glyphs, pixels as they are, codebook ids each in a colour of its own.
+
     Raises:
-        UserError: The images have a channel count that cannot be drawn.
+        UserError: The images have a channel count that cannot be drawn, or the run's codebook cannot be opened.
     """
     encoder = model.encoder
     if encoder.in_chans not in (1, 3):
         raise UserError(f"only images of 1 or 3 channels can be drawn, and this model takes {encoder.in_chans}")
+    tokenizer = build_tokenizer(config, model)
+    if isinstance(tokenizer, StoredIds):
+        raise UserError("the codebook ids of this run are stored for its own images: others have none to compare with")
     images = _some_images(config, encoder, source, count)
-    mask = build_masking(config, model)(0, np.arange(len(images)))
+    samples = np.arange(len(images))
+    mask = build_masking(config, model)(0, samples)
+    ids = () if tokenizer is None else tokenizer(images, samples)
     network = _Outputs(model)
     network.set_train(False)
-    predictions, targets = network(Tensor(images, ms.float32), *map(Tensor, mask.arrays()))
+    predictions, targets = network(Tensor(images, ms.float32), *map(Tensor, (*mask.arrays(), *ids)))
     h, w = encoder.mask_grid
     drawn_targets, drawn_predictions, names = [], [], []
     for k, (cell, decoder) in enumerate(zip(model.cell_sides(), model.decoders)):
@@ -51,6 +60,9 @@ def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: 
             shape = (*target.shape[:3], encoder.in_chans, -1)
             drawn_targets.append(target.reshape(shape))
             drawn_predictions.append(grid.reshape(shape))
+        elif config.target.kind == "codebook":
+            drawn_targets.append(_palette(target[..., 0], cell))
+            drawn_predictions.append(_palette(np.nan_to_num(grid).argmax(axis=-1), cell))
         else:
             drawn_targets.append(to_uint8(images, config, encoder.in_chans))
             pixels = _cells_to_images(_as_pixels(grid, images, cell, config.target.norm_pix), cell)
@@ -74,6 +86,13 @@ def to_uint8(images: np.ndarray, config: Config, in_chans: int) -> np.ndarray:
     pixels = images.transpose(0, 2, 3, 1) * std + mean
     pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
     return pixels if in_chans == 3 else np.repeat(pixels, 3, axis=-1)
+
+
+def _palette(ids: np.ndarray, cell: int) -> np.ndarray:
+    """Codebook ids [B, hs, ws] as colours, the same for the same id: uint8 [B, H, W, 3]."""
+    hues = np.stack([ids * 0.618034 % 1 * 180, np.full(ids.shape, 160), 140 + ids % 4 * 35], axis=-1).astype(np.uint8)
+    colours = np.stack([cv2.cvtColor(image, cv2.COLOR_HSV2RGB) for image in hues])
+    return colours.repeat(cell, axis=1).repeat(cell, axis=2)
 
 
 def _as_pixels(cells: np.ndarray, images: np.ndarray, cell: int, normalised: bool) -> np.ndarray:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from localmim.config import Config
-from localmim.data.sources import Source
 from localmim.mim.masking import RandomMasking
 from localmim.mim.model import MaskedImageModel
-from localmim.mim.tokenizers import StoredIds, Tokenizer, open_tokenizer, require_fixed_crops
+from localmim.mim.tokenizers import Tokenizer, open_tokenizer
 from localmim.mim.unit_masking import UnitMasking
 from localmim.models.registry import create_model
 from localmim.models.swin import SwinTransformer
@@ -36,21 +35,16 @@ def build_model(config: Config) -> MaskedImageModel:
     )
 
 
-def build_tokenizer(config: Config, model: MaskedImageModel, source: Source) -> Tokenizer | None:
+def build_tokenizer(config: Config, model: MaskedImageModel) -> Tokenizer | None:
     """What makes the codebook ids of a batch; None for targets that are not a codebook.
 
     Raises:
-        UserError: Its files do not fit the recipe or the images.
+        UserError: Its files do not fit the recipe.
     """
     if config.target.kind != "codebook":
         return None
-    encoder = model.encoder
-    cells = model.cell_sides()
-    tokenizer = open_tokenizer(config.target.codebook, cells, config.target.vocab, encoder.in_chans, encoder.image_size)
-    if isinstance(tokenizer, StoredIds):
-        require_fixed_crops(config.data, encoder.image_size)
-        tokenizer.check(source)
-    return tokenizer
+    target, encoder = config.target, model.encoder
+    return open_tokenizer(target.codebook, model.cell_sides(), target.vocab, encoder.in_chans, encoder.image_size)
 
 
 def build_masking(config: Config, model: MaskedImageModel) -> RandomMasking | UnitMasking:

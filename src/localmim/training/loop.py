@@ -23,6 +23,7 @@ from localmim.data.pipeline import Batch, TrainPipeline
 from localmim.data.sources import open_source
 from localmim.device import compute_dtype, set_device
 from localmim.errors import RunError, UserError
+from localmim.mim.tokenizers import StoredIds, require_fixed_crops
 from localmim.models.layers import set_compute_dtype
 from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
@@ -58,7 +59,10 @@ class Pretraining:
         self.masking = build_masking(config, self.model)
         encoder = self.model.encoder
         self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
-        self.tokenizer = build_tokenizer(config, self.model, self.source)
+        self.tokenizer = build_tokenizer(config, self.model)
+        if isinstance(self.tokenizer, StoredIds):
+            require_fixed_crops(config.data, encoder.image_size)
+            self.tokenizer.check(self.source)
         self.effective_batch = config.batch_size * config.accumulate
         self.pipeline = TrainPipeline(
             self.source, config.data, encoder.image_size, encoder.in_chans, self.effective_batch, config.seed
