@@ -269,6 +269,7 @@ class SwinTransformer(nn.Cell):
 
         Images may be of any size that is a multiple of the patch, not only of `image_size`: grids that windows or
         mergings do not divide are filled up with zeros at the right and at the bottom, as the official code does.
+        Windows and shifts stay those of `image_size`: build the encoder at the size it is mostly used at.
         """
         x = self.embed(images)
         h, w = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
