@@ -14,6 +14,7 @@ normalised image, or scaling them, does not change it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -94,6 +95,19 @@ def open_tokenizer(
     if endings == {".npz"}:
         return StoredIds(files[0], cells, vocab, image_size)
     raise UserError(f"target.codebook: {files[0]} is no .safetensors, .npz or .mindir file")
+
+
+def fingerprint(files: Sequence[str]) -> str:
+    """A digest of the files' contents: of the size, the first and the last MiB of each."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stored:
+            size = stored.seek(0, os.SEEK_END)
+            stored.seek(0)
+            digest.update(str(size).encode() + stored.read(1 << 20))
+            stored.seek(max(size - (1 << 20), 0))
+            digest.update(stored.read())
+    return digest.hexdigest()
 
 
 def check_cells(cells: Sequence[int], image_size: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from localmim.data.pipeline import Batch, TrainPipeline
 from localmim.data.sources import open_source
 from localmim.device import compute_dtype, set_device
 from localmim.errors import RunError, UserError
-from localmim.mim.tokenizers import StoredIds, require_fixed_crops
+from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.models.layers import set_compute_dtype
 from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
@@ -36,7 +36,8 @@ from localmim.training.step import LossScaler, StepResult, TrainStep
 CHECKPOINTS = "checkpoints"
 # What may differ when a run goes on: none of it changes what is computed, except how long.
 MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint"} | {
-    f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")
+    *(f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")),
+    "target.codebook",  # its place; what is in it is checked
 }
 
 
@@ -63,6 +64,7 @@ class Pretraining:
         if isinstance(self.tokenizer, StoredIds):
             require_fixed_crops(config.data, encoder.image_size)
             self.tokenizer.check(self.source)
+        self.codebook = fingerprint(config.target.codebook) if self.tokenizer is not None else None
         self.effective_batch = config.batch_size * config.accumulate
         self.pipeline = TrainPipeline(
             self.source, config.data, encoder.image_size, encoder.in_chans, self.effective_batch, config.seed
@@ -100,6 +102,8 @@ class Pretraining:
         """
         refuse_other_recipe(config_from_dict(checkpoint.config).as_dict(), self.config.as_dict(), self.output)
         state = checkpoint.state
+        if state.get("codebook") != self.codebook:
+            raise UserError(f"target.codebook is not the one that the run in {self.output} began with")
         load_weights(self.model, checkpoint.weights())
         self.optimizer.load_state(checkpoint.optimizer())
         self.scaler.load_state(state["scaler"])
@@ -117,6 +121,7 @@ class Pretraining:
             "skipped": self.skipped,
             "bad_in_a_row": self.bad_in_a_row,
             "interval": self.interval,
+            "codebook": self.codebook,
             "scaler": self.scaler.state(),
             "data": self.pipeline.state(),
         }
