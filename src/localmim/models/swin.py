@@ -56,7 +56,7 @@ class WindowAttention(Attention):
         last = table.shape[0] - 1
         never = (pairs > last).astype(ms.float32) * NEVER  # the same in all blocks: computed once
         bias = ops.gather(table, ops.minimum(pairs, last), 0).transpose(0, 3, 1, 2)
-        return bias + never.expand_dims(1)
+        return bias + never.expand_dims(1).broadcast_to(bias.shape)
 
     def construct(self, qkv: Tensor, pairs: Tensor, slots: Tensor, place: Tensor) -> Tensor:
         """Projected rows qkv [B, N, 3D] -> [B, N', D] for a place of length N'; index arrays of models/windows.py."""
