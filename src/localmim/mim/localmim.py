@@ -48,18 +48,20 @@ def checked(scales: Sequence[float], taps: Sequence[int] | None, default: Callab
     return scales, taps
 
 
-def build_target(kind: str, cells: Sequence[int], in_chans: int, nbins, hog_bias, norm_pix, vocab, seed) -> nn.Cell:
-    """The target of a kind for cells of so many pixels.
+def build_target(
+    kind: str, cells: Sequence[int], in_chans: int, nbins, hog_bias, norm_pix, vocab, seed
+) -> tuple[nn.Cell, Callable]:
+    """The target of a kind for cells of so many pixels, and the error that goes with it.
 
     Raises:
         ValueError: There is no such kind.
     """
     if kind == "hog":
-        return HogTarget(cells, in_chans, nbins, hog_bias, seed)
+        return HogTarget(cells, in_chans, nbins, hog_bias, seed), squared_error
     if kind == "pixels":
-        return PixelTarget(cells, in_chans, norm_pix)
+        return PixelTarget(cells, in_chans, norm_pix), squared_error
     if kind == "codebook":
-        return CodebookTarget(len(cells), vocab)
+        return CodebookTarget(len(cells), vocab), cross_entropy
     raise ValueError(f"target {kind!r} is none of 'hog', 'pixels', 'codebook'")
 
 
@@ -115,7 +117,7 @@ def localmim_vit(
         )
     scales, taps = checked(scales, taps, lambda scales: default_taps(depth, scales))
     cells = [cell_pixels(patch_size, s) for s in scales]
-    targets = build_target(target, cells, in_chans, nbins, hog_bias, norm_pix, vocab, seed)
+    targets, error = build_target(target, cells, in_chans, nbins, hog_bias, norm_pix, vocab, seed)
     encoder = VisionTransformer(
         image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, tuple(taps), isolated_gradients
     )
@@ -124,7 +126,7 @@ def localmim_vit(
         for s, d in zip(scales, targets.dims)
     ]
     freeze(list(encoder.blocks)[taps[-1] + 1 :])
-    return MaskedImageModel(encoder, decoders, targets, cross_entropy if target == "codebook" else squared_error)
+    return MaskedImageModel(encoder, decoders, targets, error)
 
 
 def localmim_swin(
@@ -183,7 +185,7 @@ def localmim_swin(
         isolated=isolated_gradients,
     )
     cells = [cell_pixels(encoder.image_size[0] // grid[0], s) for grid, s in zip(encoder.tap_grids, scales)]
-    targets = build_target(target, cells, in_chans, nbins, hog_bias, norm_pix, vocab, seed)
+    targets, error = build_target(target, cells, in_chans, nbins, hog_bias, norm_pix, vocab, seed)
     decoders = []
     for k, tap in enumerate(taps):
         dim = decoder_dim // 2 if tap == 0 else decoder_dim
@@ -192,7 +194,7 @@ def localmim_swin(
             Decoder(*sizes, dim, decoder_depth, decoder_heads, mlp_ratio, class_token=False, linear_head=True)
         )
     freeze(list(encoder.layers)[taps[-1] + 1 :])
-    return MaskedImageModel(encoder, decoders, targets, cross_entropy if target == "codebook" else squared_error)
+    return MaskedImageModel(encoder, decoders, targets, error)
 
 
 @register

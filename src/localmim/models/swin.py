@@ -237,7 +237,10 @@ class SwinTransformer(nn.Cell):
         return self.patch_norm(self.patch_embed(images, mask[0]) if mask else self.patch_embed(images))
 
     def stage_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
-        """Visible tokens [B, K_s, D_s] before and after each merging up to the last tap; the last stage has none."""
+        """Visible tokens [B, K_s, D_s] before and after each merging, up to the last tap.
+
+        Two tensors a stage; the last stage, which has no merging, gives the same one twice.
+        """
         x = self.embed(images, *mask)
         outputs = []
         first = 1 + 3 * len(self.taps)  # of the current stage's windows in `mask`
