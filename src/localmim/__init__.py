@@ -7,6 +7,7 @@ if sys.argv[:1] == ["-m"]:  # run as `python -m localmim.…`: MindSpore's own l
     os.environ.setdefault("GLOG_v", "3")
 
 from localmim.mim import localmim as _localmim  # noqa: F401  (registers its models)
+from localmim.models import classifier as _classifier  # noqa: F401  (registers its models)
 from localmim.models.registry import create_model, list_models
 
 __version__ = "0.1.0"

@@ -37,6 +37,12 @@ class ModelConfig:
     decoder_depth: Optional[int] = None
     decoder_heads: Optional[int] = None
     isolated_gradients: bool = False  # each segment that ends at a tap learns from its own decoder alone
+    num_classes: Optional[int] = None  # classifiers; null: as many as the training images have
+    pool: Optional[Literal["mean", "token", "normed_mean"]] = (
+        None  # classifiers: what becomes of tokens, see Classifier
+    )
+    drop_path: Optional[float] = None  # classifiers: stochastic depth, the rate of the last block
+    norm_eps: Optional[float] = None  # Swin classifiers: of every LayerNorm
 
 
 @dataclass
@@ -60,14 +66,18 @@ class TargetConfig:
 
 @dataclass
 class DataConfig:
-    """Where images come from and how they are cropped."""
+    """Where images come from, and how they are cropped and augmented."""
 
     dir: str = ""  # a folder of images or of class folders, a list file, CIFAR binaries, or MindRecord files
+    val_dir: str = ""  # classifiers: labelled images to evaluate on, in the same forms
     format: Literal["auto", "folder", "list", "cifar10", "cifar100", "mindrecord"] = "auto"
     workers: int = 0  # threads that decode and crop; 0: one a core, at most 8
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, share of the image
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width by height of the random crop
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of the random crop
     hflip: float = 0.5  # probability of a mirror image
+    rand_augment: str = ""  # RandAugment, for example m9-mstd0.5-inc1; empty: none
+    erase: float = 0.0  # probability that a random rectangle is filled with noise
     mean: Optional[list[float]] = None  # a value a channel, of pixels in [0, 1]; null: ImageNet's, or 0.5
     std: Optional[list[float]] = None
     max_bad_share: float = 0.01  # stop when more than this share of the images cannot be read
@@ -75,16 +85,33 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW. lr = blr x effective batch / 256, unless lr is set."""
+class ClassificationConfig:
+    """Training of a classifier: task finetune or linear_probe."""
 
+    init: str = ""  # run, checkpoint or weights file that the encoder comes from; empty: fresh weights
+    label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of the mixing share's beta distribution; 0: no mixup
+    cutmix: float = 0.0  # the same for cutmix
+    mix_prob: float = 1.0  # share of the batches that are mixed
+    switch_prob: float = 0.5  # of those, share that is cut instead of blended where both are on
+    eval_every: float = 1.0  # epochs from one evaluation on data.val_dir to the next; 0: only after the last
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and learning rate. lr = blr x effective batch / 256, unless lr is set."""
+
+    kind: Literal["adamw", "sgd", "lars"] = "adamw"
     blr: float = 2e-4
     lr: Optional[float] = None
     min_lr: float = 1e-6
     warmup_epochs: float = 40
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # adamw
+    eps: float = 1e-8  # adamw
+    momentum: float = 0.9  # sgd and lars
     weight_decay: float = 0.05
+    layer_decay: float = 1.0  # finetune: each layer's rate is that of the layer above it times this
+    ema_decay: Optional[float] = None  # keep an exponential moving average of the weights; null: none
     clip_grad: Optional[float] = None  # global norm; null: no clipping
 
 
@@ -101,7 +128,7 @@ class CheckpointConfig:
 class Config:
     """A recipe: everything that decides what a run computes."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "finetune", "linear_probe"] = "pretrain"
     output_dir: str = "outputs/run"  # checkpoints and logs; the same command goes on from what is there
     seed: int = 0
     device: Literal["auto", "CPU", "GPU", "Ascend"] = "auto"
@@ -117,6 +144,7 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -248,6 +276,25 @@ def check_ranges(config: Config) -> None:
     for key in ("eps", "weight_decay"):
         if getattr(config.optimizer, key) < 0:
             raise UserError(f"optimizer.{key} is {getattr(config.optimizer, key):g}, expected at least 0")
+    for key, value in (
+        ("model.drop_path", config.model.drop_path or 0.0),
+        ("data.hflip", config.data.hflip),
+        ("data.erase", config.data.erase),
+        ("classification.label_smoothing", config.classification.label_smoothing),
+        ("classification.mix_prob", config.classification.mix_prob),
+        ("classification.switch_prob", config.classification.switch_prob),
+    ):
+        if not 0 <= value <= 1:
+            raise UserError(f"{key} is {value:g}, expected a share from 0 to 1")
+    for key in ("mixup", "cutmix", "eval_every"):
+        if getattr(config.classification, key) < 0:
+            raise UserError(f"classification.{key} is {getattr(config.classification, key):g}, expected at least 0")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        raise UserError(f"optimizer.layer_decay is {config.optimizer.layer_decay:g}, expected more than 0, at most 1")
+    if not 0 <= config.optimizer.momentum < 1:
+        raise UserError(f"optimizer.momentum is {config.optimizer.momentum:g}, expected 0 to below 1")
+    if config.optimizer.ema_decay is not None and not 0 < config.optimizer.ema_decay < 1:
+        raise UserError(f"optimizer.ema_decay is {config.optimizer.ema_decay:g}, expected between 0 and 1, or null")
     if config.optimizer.clip_grad is not None and config.optimizer.clip_grad <= 0:
         raise UserError(f"optimizer.clip_grad is {config.optimizer.clip_grad:g}, expected more than 0, or null")
 

@@ -67,7 +67,12 @@ class MaskedImageModel(nn.Cell):
         return weighted_mean(self.error(prediction, target_rows(target, scale, ids_mask)), weights)
 
     def construct(self, images: Tensor, *arrays: Tensor):
-        """Images, mask arrays and target arrays -> (loss, losses [scales]); loss is their plain sum."""
+        """Images, mask arrays and target arrays -> (loss, losses [scales]); loss is their plain sum.
+
+        Images alone -> the encoder's features [B, D], every patch visible.
+        """
+        if not arrays:
+            return self.encoder.features(images)
         predictions = self.predict(images, *arrays)
         targets = self.targets(images, *arrays)
         mask = arrays[: self.encoder.mask_inputs]

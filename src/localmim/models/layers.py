@@ -242,14 +242,26 @@ class Block(nn.Cell):
         """Normed queries, keys and values of rows, before they attend: [..., D] -> [..., 3D]."""
         return self.attn.qkv(self.norm1(x))
 
-    def attend(self, x: Tensor, qkv: Tensor, skip: int = 0) -> Tensor:
+    def attend(self, x: Tensor, qkv: Tensor, skip: int = 0, drop: Tensor | None = None) -> Tensor:
         """The block of rows whose `project` is known: x [B, N - skip, D], qkv [B, N, 3D] -> [B, N - skip, D]."""
-        x = x + self.attn(qkv, skip)
-        return x + self.mlp(self.norm2(x))
+        x = x + drop_path(self.attn(qkv, skip), drop, 0)
+        return x + drop_path(self.mlp(self.norm2(x)), drop, 1)
 
-    def construct(self, x: Tensor, skip: int = 0) -> Tensor:
-        """[B, N, D] -> [B, N - skip, D]: the first `skip` rows are attended to, but not computed."""
-        return self.attend(without_first(x, skip), self.project(x), skip)
+    def construct(self, x: Tensor, skip: int = 0, drop: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N - skip, D]: the first `skip` rows are attended to, but not computed.
+
+        Args:
+            drop: [2, B], what each sample's attention and MLP are multiplied with (training/drop_path.py).
+        """
+        return self.attend(without_first(x, skip), self.project(x), skip, drop)
+
+
+def drop_path(x: Tensor, drop: Tensor | None, branch: int) -> Tensor:
+    """A branch [B, N, D] times a factor for each sample, drop[branch] of [2, B]; as it is without them."""
+    if drop is None:
+        return x
+    factors = drop[branch].astype(x.dtype).reshape(-1, 1, 1)  # [B, 1, 1]
+    return x * factors.broadcast_to(x.shape)
 
 
 def without_first(x: Tensor, skip: int) -> Tensor:

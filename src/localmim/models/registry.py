@@ -12,20 +12,28 @@ from localmim.errors import UserError
 _MODELS: dict[str, Callable] = {}
 
 
-def register(factory: Callable) -> Callable:
-    """Decorator: makes `factory(**kwargs)` known under its own name, here and in mindcv."""
+def register(factory: Callable, classifies: bool = False) -> Callable:
+    """Decorator: makes `factory(**kwargs)` known under its own name, here and in mindcv.
+
+    Args:
+        classifies: Whether it takes `num_classes`, which mindcv passes to every model.
+    """
     from mindcv.models.registry import register_model
 
     @functools.wraps(factory)
     def for_mindcv(pretrained: bool = False, num_classes: int = 0, in_channels: int = 3, **kwargs):
-        """The same model with the arguments that mindcv passes; it has no classes."""
+        """The same model with the arguments that mindcv passes."""
         if pretrained:
             raise UserError(f"model {factory.__name__}: there are no published weights to load")
-        return create_model(factory.__name__, **{"in_chans": in_channels, **kwargs})
+        classes = {"num_classes": num_classes} if classifies else {}
+        return create_model(factory.__name__, **{"in_chans": in_channels, **classes, **kwargs})
 
     _MODELS[factory.__name__] = factory
     register_model(for_mindcv)
     return factory
+
+
+register_classifier = functools.partial(register, classifies=True)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -21,6 +21,7 @@ from localmim.models.layers import (
     Linear,
     Mlp,
     PatchEmbed,
+    drop_path,
     parameter,
     to_pair,
 )
@@ -79,18 +80,21 @@ class SwinBlock(nn.Cell):
         self.norm2 = LayerNorm(dim, eps[1])
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def construct(self, x: Tensor, pairs: Tensor, slots: Tensor, place: Tensor, fill: bool = False) -> Tensor:
+    def construct(
+        self, x: Tensor, pairs: Tensor, slots: Tensor, place: Tensor, fill: bool = False, drop=None
+    ) -> Tensor:
         """[B, N, D] -> [B, N, D].
 
         Args:
             fill: Slots may name token N, which fills up a grid: zero after the norm, so its q, k, v are their bias.
+            drop: [2, B], what each sample's attention and MLP are multiplied with.
         """
         qkv = self.attn.qkv(self.norm1(x))  # [B, N, 3D]
         if fill:
             row = self.attn.qkv.bias.astype(qkv.dtype).reshape(1, 1, -1)
             qkv = ops.concat((qkv, row.broadcast_to((qkv.shape[0], 1, qkv.shape[2]))), 1)
-        x = x + self.attn(qkv, pairs, slots, place)
-        return x + self.mlp(self.norm2(x))
+        x = x + drop_path(self.attn(qkv, pairs, slots, place), drop, 0)
+        return x + drop_path(self.mlp(self.norm2(x)), drop, 1)
 
 
 class PatchMerging(nn.Cell):
@@ -130,11 +134,16 @@ class SwinStage(nn.Cell):
         self.blocks = nn.CellList([SwinBlock(dim, num_heads, place.window, mlp_ratio, eps) for _ in range(depth)])
         self.downsample = PatchMerging(dim, eps[0]) if merge else None
 
-    def construct(self, x: Tensor, windows: tuple[Tensor, ...], fill: bool = False) -> Tensor:
-        """[B, N, D] -> [B, N, D], before the merging; three arrays for the plain windows, then for the shifted ones."""
+    def construct(self, x: Tensor, windows: tuple[Tensor, ...], fill: bool = False, drop=None) -> Tensor:
+        """[B, N, D] -> [B, N, D], before the merging; three arrays for the plain windows, then for the shifted ones.
+
+        Args:
+            drop: [blocks, 2, B], factors of stochastic depth.
+        """
         for j in range(len(self.blocks)):
             i = 3 * (j % self.turns)
-            x = self.blocks[j](x, windows[i], windows[i + 1], windows[i + 2], fill)
+            factors = None if drop is None else drop[j]
+            x = self.blocks[j](x, windows[i], windows[i + 1], windows[i + 2], fill, factors)
         return x
 
     def merge(self, x: Tensor) -> Tensor:
@@ -164,7 +173,8 @@ class SwinTransformer(nn.Cell):
         ValueError: Sizes that do not divide, or a tap that is no stage.
     """
 
-    no_decay: tuple[str, ...] = ("position_bias", "token")  # parameters whose names hold one of these do not decay
+    no_decay: tuple[str, ...] = ("position_bias", "token")  # in pre-training: names that hold one of these do not decay
+    class_tokens = 0
 
     def __init__(
         self,
@@ -209,6 +219,7 @@ class SwinTransformer(nn.Cell):
         self.mask_inputs = 1 + 3 * len(taps) + 3 * sum(len(stage.shifts) for stage in self.stages)
 
         eps = (norm_eps, norm_eps if norm2_eps is None else norm2_eps)
+        self.depth = sum(depths)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.patch_norm = LayerNorm(embed_dim, norm_eps)
         self.layers = nn.CellList(
@@ -267,29 +278,55 @@ class SwinTransformer(nn.Cell):
         for i, x in enumerate(self.stage_outputs(images, *mask)):
             yield f"layers.{i // 2}" + (".downsample" if i % 2 else ""), x
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Whole images: the output of each stage before its merging, a list of [B, D_s, h_s, w_s], un-normed.
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Grid of each stage for images of this size, pixels."""
+        h, w = height // self.patch_size, width // self.patch_size
+        grids = [(h, w)]
+        for _ in range(len(self.layers) - 1):
+            h, w = (h + 1) // 2, (w + 1) // 2
+            grids.append((h, w))
+        return grids
+
+    def whole_stages(self, images: Tensor, drop: Tensor | None = None) -> list[Tensor]:
+        """Whole images: rows [B, h*w, D] before and after each merging, two a stage; the last stage's is there twice.
 
         Images may be of any size that is a multiple of the patch, not only of `image_size`: grids that windows or
         mergings do not divide are filled up with zeros at the right and at the bottom, as the official code does.
         Windows and shifts stay those of `image_size`: build the encoder at the size it is mostly used at.
+
+        Args:
+            drop: [blocks of all stages, 2, B], factors of stochastic depth (training/drop_path.py).
         """
         x = self.embed(images)
-        h, w = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        maps = []
+        grids = self.grids(images.shape[2], images.shape[3])
+        outputs, first = [], 0
         for s in range(len(self.layers)):
             layer = self.layers[s]
+            h, w = grids[s]
             windows = ()
             for shift in layer.shifts:
                 windows += whole_image((h, w), layer.window, shift)
-            x = layer(x, windows, h % layer.window > 0 or w % layer.window > 0)
-            maps.append(x.transpose(0, 2, 1).reshape(x.shape[0], -1, h, w))
-            if s < len(self.layers) - 1:
-                x = layer.downsample.on_grid(x, (h, w), self.rows_first)
-                h, w = (h + 1) // 2, (w + 1) // 2
+            factors = None if drop is None else drop[first : first + len(layer.blocks)]
+            before = layer(x, windows, h % layer.window > 0 or w % layer.window > 0, factors)
+            x = layer.downsample.on_grid(before, (h, w), self.rows_first) if s < len(self.layers) - 1 else before
+            outputs += [before, x]
+            first += len(layer.blocks)
+        return outputs
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Whole images of any size (see `whole_stages`) -> [B, D_s, h_s, w_s] a stage, before merging, un-normed."""
+        outputs = self.whole_stages(images)
+        grids = self.grids(images.shape[2], images.shape[3])
+        maps = []
+        for s in range(len(grids)):
+            x = outputs[2 * s].transpose(0, 2, 1)  # [B, D, h*w]
+            maps.append(x.reshape(x.shape[0], -1, grids[s][0], grids[s][1]))
         return maps
+
+    def tokens(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Whole images: tokens of the last trained stage before its merging, [B, N, D], no LayerNorm."""
+        return self.whole_stages(images, drop)[2 * (self.taps[-1] if self.taps else len(self.layers) - 1)]
 
     def features(self, images: Tensor) -> Tensor:
         """Mean of the last trained stage's tokens, every patch visible: [B, C, H, W] -> [B, D]. No LayerNorm."""
-        maps = self.feature_maps(images)
-        return maps[self.taps[-1] if self.taps else len(maps) - 1].mean(axis=(2, 3))
+        return self.tokens(images).mean(axis=1)

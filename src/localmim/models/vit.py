@@ -37,6 +37,7 @@ class VisionTransformer(nn.Cell):
     """
 
     no_decay: tuple[str, ...] = ()  # in pre-training tokens decay, as the authors have it (docs/quirks.md, Q11)
+    class_tokens = 1  # tokens before those of the patches
 
     def __init__(
         self,
@@ -122,12 +123,19 @@ class VisionTransformer(nn.Cell):
             outputs.append(x)
         return outputs
 
-    def features(self, images: Tensor) -> Tensor:
-        """Mean of the patch tokens after the top tap's block (without taps the last one): [B, C, H, W] -> [B, D].
+    def tokens(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Whole images: tokens after the top tap's block (without taps the last one), [B, 1+L, D], class token first.
 
-        Every patch is visible. No LayerNorm: the taps' norms belong to pre-training.
+        No LayerNorm: the taps' norms belong to pre-training.
+
+        Args:
+            drop: [depth, 2, B], factors of stochastic depth (training/drop_path.py).
         """
         x = self.embed(images)
         for i in range(self.taps[-1] + 1 if self.taps else self.depth):
-            x = self.blocks[i](x)
-        return x[:, 1:].mean(axis=1)
+            x = self.blocks[i](x, 0, None if drop is None else drop[i])
+        return x
+
+    def features(self, images: Tensor) -> Tensor:
+        """Mean of the patch tokens, every patch visible, no LayerNorm: [B, C, H, W] -> [B, D]."""
+        return self.tokens(images)[:, 1:].mean(axis=1)

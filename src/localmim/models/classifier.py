@@ -1,0 +1,234 @@
+"""A classifier: an encoder, what becomes of its tokens, and a linear head. For fine-tuning, probing and serving.
+
+LocalMIM fine-tunes ViT and Swin alike: mean over the patch tokens, then LayerNorm, then the head. The official Swin
+norms first. A linear probe puts a batch norm without affine part in the LayerNorm's place (He et al., "Masked
+Autoencoders Are Scalable Vision Learners", CVPR 2022, appendix A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import TruncatedNormal, initializer
+
+from localmim.models.layers import LayerNorm, Linear
+from localmim.models.registry import register_classifier
+from localmim.models.swin import SwinTransformer
+from localmim.models.vit import VisionTransformer
+
+Pool = Literal["mean", "token", "normed_mean"]
+QUIRK_NORM2_EPS = 1e-5  # of a Swin in the authors' fine-tuning (docs/quirks.md, Q7)
+
+
+class Classifier(nn.Cell):
+    """Images [B, C, H, W] -> logits [B, num_classes], or pooled features [B, D] where there are no classes.
+
+    Args:
+        encoder: A VisionTransformer or SwinTransformer.
+        num_classes: 0: features; then there is no norm and no head.
+        pool: "mean": of the patch tokens, then the norm. "token": the class token, then the norm. "normed_mean": norm
+            of all tokens, then their mean, as the official Swin has it.
+        drop_path: Rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+        norm_eps: Of the norm before the head.
+
+    Raises:
+        ValueError: A pooling that the encoder does not have, or a number out of range.
+    """
+
+    def __init__(self, encoder, num_classes: int = 0, pool: Pool = "mean", drop_path=0.0, norm_eps: float = 1e-6):
+        super().__init__()
+        if pool not in ("mean", "token", "normed_mean"):
+            raise ValueError(f"pool {pool!r} is none of 'mean', 'token', 'normed_mean'")
+        if pool == "token" and not encoder.class_tokens:
+            raise ValueError("pool 'token' needs a class token, which this encoder does not have")
+        if num_classes < 0 or num_classes == 1:
+            raise ValueError(f"num_classes is {num_classes}, expected at least 2, or 0 for features")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is {drop_path}, expected 0 to below 1")
+        self.encoder, self.num_classes, self.pool = encoder, num_classes, pool
+        last = max(encoder.depth - 1, 1)
+        self.drop_rates = [drop_path * i / last for i in range(encoder.depth)]
+        dim = encoder.embed_dim
+        self.norm = LayerNorm(dim, norm_eps) if num_classes else None
+        self.head = Linear(dim, num_classes) if num_classes else None
+        if num_classes:
+            self.head.weight.set_data(initializer(TruncatedNormal(0.02), self.head.weight.shape).init_data())
+
+    def features(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """What the head sees, before a norm that comes after pooling: [B, C, H, W] -> [B, D].
+
+        Args:
+            drop: [depth, 2, B], factors of stochastic depth (training/drop_path.py).
+        """
+        x = self.encoder.tokens(images, drop)
+        if self.pool == "token":
+            return x[:, 0]
+        if self.pool == "normed_mean" and self.norm is not None:
+            x = self.norm(x)
+        if self.encoder.class_tokens:
+            x = x[:, self.encoder.class_tokens :]
+        return x.mean(axis=1)
+
+    def construct(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, num_classes], or features [B, D]."""
+        x = self.features(images, drop)
+        if self.num_classes == 0:
+            return x
+        return self.head(x if self.pool == "normed_mean" else self.norm(x))
+
+
+class LinearProbe(Classifier):
+    """A linear classifier on a frozen encoder: pooled features, batch norm without affine part, head.
+
+    Only the head is trained; the batch norm keeps its running mean and variance. Pooling: "mean" or "token".
+    """
+
+    def __init__(self, encoder, num_classes: int, pool: Pool = "mean"):
+        if pool == "normed_mean":
+            raise ValueError("pool 'normed_mean' norms before pooling; a linear probe takes 'mean' or 'token'")
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}, a linear probe needs at least 2")
+        super().__init__(encoder, num_classes, pool)
+        for parameter in encoder.get_parameters():
+            parameter.requires_grad = False
+        self.norm = nn.BatchNorm1d(encoder.embed_dim, eps=1e-6, momentum=0.9, affine=False)
+        self.head.weight.set_data(initializer(TruncatedNormal(0.01), self.head.weight.shape).init_data())
+
+    def features(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, D], without gradient."""
+        return ops.stop_gradient(super().features(images, drop))
+
+
+def vit_classifier(
+    image_size=224,
+    patch_size: int = 16,
+    in_chans: int = 3,
+    embed_dim: int = 768,
+    depth: int = 12,
+    num_heads: int = 12,
+    mlp_ratio: float = 4.0,
+    num_classes: int = 0,
+    pool: Pool = "mean",
+    drop_path: float = 0.0,
+    probe: bool = False,
+    reference_quirks: bool = False,
+) -> Classifier:
+    """A ViT with a linear head; its position codes are trained.
+
+    Args:
+        num_classes, pool, drop_path: As in Classifier.
+        probe: Frozen encoder and batch norm, as LinearProbe.
+        reference_quirks: Changes nothing on a ViT.
+
+    Raises:
+        ValueError: Sizes that do not fit together.
+    """
+    if not isinstance(num_heads, int):
+        raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
+    encoder = VisionTransformer(image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
+    encoder.pos_embed.requires_grad = True
+    return LinearProbe(encoder, num_classes, pool) if probe else Classifier(encoder, num_classes, pool, drop_path)
+
+
+def swin_classifier(
+    image_size=224,
+    patch_size: int = 4,
+    in_chans: int = 3,
+    embed_dim: int = 128,
+    depths: Sequence[int] = (2, 2, 18, 2),
+    num_heads: Sequence[int] = (4, 8, 16, 32),
+    window_size: int = 7,
+    mlp_ratio: float = 4.0,
+    num_classes: int = 0,
+    pool: Pool = "mean",
+    drop_path: float = 0.0,
+    norm_eps: float = 1e-6,
+    probe: bool = False,
+    reference_quirks: bool = False,
+) -> Classifier:
+    """A Swin with a linear head.
+
+    Args:
+        num_classes, pool, drop_path: As in Classifier.
+        norm_eps: Of every LayerNorm; the official Swin's is 1e-5.
+        probe: Frozen encoder and batch norm, as LinearProbe.
+        reference_quirks: The second norm of each block has eps 1e-5 (docs/quirks.md, Q7).
+
+    Raises:
+        ValueError: Sizes that do not fit together.
+    """
+    for name, value in (("depths", depths), ("num_heads", num_heads)):
+        if isinstance(value, int):
+            raise ValueError(f"{name} {value} must be a list for a Swin, one number a stage")
+    encoder = SwinTransformer(
+        image_size,
+        patch_size,
+        in_chans,
+        embed_dim,
+        tuple(depths),
+        tuple(num_heads),
+        window_size,
+        mlp_ratio,
+        norm_eps=norm_eps,
+        norm2_eps=QUIRK_NORM2_EPS if reference_quirks else None,
+    )
+    if probe:
+        return LinearProbe(encoder, num_classes, pool)
+    return Classifier(encoder, num_classes, pool, drop_path, norm_eps)
+
+
+@register_classifier
+def vit_tiny_patch16_224(**kwargs) -> Classifier:
+    """ViT-T/16: 192 wide, 12 blocks, 3 heads."""
+    return vit_classifier(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
+
+
+@register_classifier
+def vit_small_patch16_224(**kwargs) -> Classifier:
+    """ViT-S/16: 384 wide, 12 blocks, 6 heads."""
+    return vit_classifier(**{"embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
+
+
+@register_classifier
+def vit_base_patch16_224(**kwargs) -> Classifier:
+    """ViT-B/16: 768 wide, 12 blocks, 12 heads."""
+    return vit_classifier(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+
+
+@register_classifier
+def vit_large_patch16_224(**kwargs) -> Classifier:
+    """ViT-L/16: 1024 wide, 24 blocks, 16 heads."""
+    return vit_classifier(**{"embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs})
+
+
+@register_classifier
+def swin_tiny_patch4_window7_224(**kwargs) -> Classifier:
+    """Swin-T: 96 wide, 2-2-6-2 blocks, windows of 7."""
+    return swin_classifier(**{"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **kwargs})
+
+
+@register_classifier
+def swin_small_patch4_window7_224(**kwargs) -> Classifier:
+    """Swin-S: 96 wide, 2-2-18-2 blocks, windows of 7."""
+    return swin_classifier(**{"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **kwargs})
+
+
+@register_classifier
+def swin_base_patch4_window7_224(**kwargs) -> Classifier:
+    """Swin-B: 128 wide, 2-2-18-2 blocks, windows of 7."""
+    return swin_classifier(**{"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs})
+
+
+@register_classifier
+def swin_base_patch4_window14_224(**kwargs) -> Classifier:
+    """Swin-B with windows of 14."""
+    return swin_base_patch4_window7_224(**{"window_size": 14, **kwargs})
+
+
+@register_classifier
+def swin_large_patch4_window14_224(**kwargs) -> Classifier:
+    """Swin-L: 192 wide, 2-2-18-2 blocks, windows of 14."""
+    sizes = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "window_size": 14}
+    return swin_classifier(**{**sizes, **kwargs})
