@@ -11,18 +11,15 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only. Before
 
 from localmim import cli
 from localmim.config import load_config
-from localmim.training.loop import pretrain
-
-TASKS = {"pretrain": pretrain}
+from localmim.training.loop import train
 
 
 def main(argv: list[str]) -> None:
-    """Parse, then run the recipe's task."""
+    """Parse, then run the recipe."""
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__)
         return
-    config = load_config(argv)
-    TASKS[config.task](config)
+    train(load_config(argv))
 
 
 if __name__ == "__main__":

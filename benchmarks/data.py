@@ -1,16 +1,19 @@
 """Images a second from folder, MindRecord and memory, next to a Pillow pipeline of the same transforms.
 
     python benchmarks/data.py [--data-dir DIR] [--images 512] [--batch-size 64] [--workers 0] [--rounds 3]
+                              [--augment]
 
 Everything decodes, takes a random resized crop of 224 pixels (bicubic), mirrors, normalises and gives float32
 [B, 3, 224, 224]. The ways take turns within each round, so a busy machine slows all of them. Pillow runs with the same
 number of workers, once as threads and once as processes that hand batches over in shared memory; the faster one is
-compared. Without --data-dir the images are drawn: smooth shapes and noise, JPEG of about 500x400. One JSON line.
+compared. --augment adds the folder with what fine-tuning does besides, RandAugment and random erasing (no Pillow
+counterpart). Without --data-dir the images are drawn: smooth shapes and noise, JPEG of about 500x400. One JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0, help="0: one a core, at most 8")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--augment", action="store_true", help="also with RandAugment m9-mstd0.5-inc1, erase 0.25")
     options = parser.parse_args()
 
     try:
@@ -206,6 +210,9 @@ def main() -> None:
                 name: TrainPipeline(source, config, (SIZE, SIZE), 3, size, seed=0).epoch
                 for name, source in sources.items()
             }
+            if options.augment:
+                augmented = dataclasses.replace(config, rand_augment="m9-mstd0.5-inc1", erase=0.25)
+                ways["augmented"] = TrainPipeline(folder, augmented, (SIZE, SIZE), 3, size, seed=0).epoch
             paths = [str(root / folder.name(i)) for i in range(len(folder))]
             peers = [PillowThreads(workers, size), PillowProcesses(workers, size)]
             for peer in peers:

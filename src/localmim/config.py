@@ -74,7 +74,7 @@ class DataConfig:
     workers: int = 0  # threads that decode and crop; 0: one a core, at most 8
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, share of the image
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width by height of the random crop
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of the random crop
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of the random crop and of RandAugment
     hflip: float = 0.5  # probability of a mirror image
     rand_augment: str = ""  # RandAugment, for example m9-mstd0.5-inc1; empty: none
     erase: float = 0.0  # probability that a random rectangle is filled with noise
@@ -217,15 +217,15 @@ def _read_recipe(path: Path, above: list[Path]) -> dict:
     _check_tree(values, Config, str(path), [])
     if base is None:
         return values
-    return _merged(_read_recipe((path.parent / str(base)).resolve(), [*above, path]), values)
+    return merged(_read_recipe((path.parent / str(base)).resolve(), [*above, path]), values)
 
 
-def _merged(below: dict, above: dict) -> dict:
+def merged(below: dict, above: dict) -> dict:
     """`above` laid over `below`, mapping by mapping."""
     result = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
+        result[key] = merged(result[key], value) if both else value
     return result
 
 
@@ -286,6 +286,9 @@ def check_ranges(config: Config) -> None:
     ):
         if not 0 <= value <= 1:
             raise UserError(f"{key} is {value:g}, expected a share from 0 to 1")
+    mixed = config.classification.mixup or config.classification.cutmix
+    if config.task != "pretrain" and mixed and config.batch_size % 2:
+        raise UserError(f"batch_size is {config.batch_size}: mixup and cutmix mix pairs, expected an even number")
     for key in ("mixup", "cutmix", "eval_every"):
         if getattr(config.classification, key) < 0:
             raise UserError(f"classification.{key} is {getattr(config.classification, key):g}, expected at least 0")

@@ -15,6 +15,8 @@ from data_images import draw, jpeg
 
 from localmim.config import DataConfig
 from localmim.data import ArraySource, TrainPipeline, eval_batches, open_source
+from localmim.data.augment import ERASE, RAND_AUGMENT, RandAugment, RandomErasing, generator, parse_policy
+from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from localmim.errors import UserError
 
 SIZE = (24, 32)
@@ -224,6 +226,68 @@ def test_wrong_channel_count_is_a_bad_image(tmp_path):
         list(pipeline(open_source(str(tmp_path), in_chans=5), in_chans=5, size=(8, 8)).epoch(0))
 
 
+AUGMENTED = {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5}
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_starting_inside_an_augmented_epoch(damaged, workers):
+    """The tail of an epoch stays the tail, with images that cannot be read among them, for each way to augment."""
+    for changes in (AUGMENTED, {"rand_augment": "m9"}, {"erase": 1.0}):
+        changes = {**changes, "workers": workers, "max_bad_share": 0.1}
+        whole = list(pipeline(open_source(str(damaged)), **changes).epoch(1))
+        assert [batch.images.shape for batch in whole] == [(4, 3, *SIZE)] * 10
+        plain = list(pipeline(open_source(str(damaged)), workers=workers, max_bad_share=0.1).epoch(1))
+        np.testing.assert_array_equal([batch.ids for batch in whole], [batch.ids for batch in plain])
+        for start in (2, 3, 7):
+            resumed = pipeline(open_source(str(damaged)), **changes)
+            assert_same(list(resumed.epoch(1, start_step=start)), whole[start:])
+
+
+def test_what_an_augmented_image_depends_on():
+    """On (seed, epoch, sample) alone: with crops that change nothing, each image is what the ops by themselves give."""
+    images = [draw(k, *SIZE) for k in range(16)]
+    fixed = {"crop_scale": (1.0, 1.0), "crop_ratio": (SIZE[1] / SIZE[0],) * 2, "hflip": 0.0, "seed": 5, **AUGMENTED}
+    policy, erase = RandAugment(parse_policy("m9-mstd0.5-inc1"), (124, 116, 104), "bicubic"), RandomErasing(0.5)
+    mean, std = (np.float32(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    for changes in ({}, {"workers": WORKERS[-1], "batch_size": 8}, {"segment_steps": 1, "rank": 1, "world": 2}):
+        for batch in pipeline(ArraySource(images), **fixed, **changes).epoch(3):
+            for image, sample in zip(batch.images, batch.ids.tolist()):
+                expected = policy(images[sample], generator(5, 3, sample, RAND_AUGMENT)).transpose(2, 0, 1)
+                expected = erase((expected / np.float32(255) - mean) / std, generator(5, 3, sample, ERASE))
+                np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def test_an_error_in_augmentation_is_raised():
+    """MindData is told to skip images that fail; one that the augmentation refuses must not vanish that way."""
+    images = [draw(k, *SIZE) for k in range(8)]
+    images[5] = images[5].astype(np.float32) / 255
+    with pytest.raises(UserError, match=r"data\.rand_augment needs 8 bit colour images, .* float32 of shape"):
+        list(pipeline(ArraySource(images), rand_augment="m9", max_bad_share=1).epoch(0))
+
+
+def test_erasing_grey_and_float_images(tmp_path):
+    """Erasing needs neither colour nor 8 bits: noise where images of one level were, from arrays and from files."""
+    for k in range(4):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), np.full(SIZE, 51, np.uint8))
+    for source in (ArraySource([np.full((*SIZE, 1), 0.2, np.float32)] * 4), open_source(str(tmp_path), in_chans=1)):
+        (batch,) = pipeline(source, in_chans=1, erase=1.0, mean=[0.2]).epoch(0)
+        assert batch.images.shape == (4, 1, *SIZE)
+        assert all(0.01 < (np.abs(image) > 1e-5).mean() < 0.4 for image in batch.images)
+
+
+def test_interpolation_of_the_crop():
+    """Bicubic overshoots at an edge, bilinear does not."""
+    step = np.full((12, 16, 3), 100, np.uint8)
+    step[:, 8:] = 150
+    limits = {}
+    for interpolation in ("bicubic", "bilinear"):
+        changes = {"mean": [0.0] * 3, "std": [1.0] * 3, "crop_scale": (1.0, 1.0), "crop_ratio": (4 / 3, 4 / 3)}
+        (batch,) = pipeline(ArraySource([step] * 4), interpolation=interpolation, **changes).epoch(0)
+        limits[interpolation] = np.rint([batch.images.min() * 255, batch.images.max() * 255]).tolist()
+    assert limits["bilinear"] == [100, 150]
+    assert limits["bicubic"][0] < 98 and limits["bicubic"][1] > 152
+
+
 def test_evaluation_sees_every_image_once_in_order(damaged, caplog):
     """The last batch is short; unreadable images are left out and named."""
     config = DataConfig(max_bad_share=0.1)
@@ -258,6 +322,8 @@ def test_evaluation_crop():
         ({"crop_ratio": (0.0, 1.0)}, "data.crop_ratio"),
         ({"hflip": 1.5}, "data.hflip"),
         ({"segment_steps": 0}, "data.segment_steps"),
+        ({"rand_augment": "m9-x3"}, "data.rand_augment is 'm9-x3'"),
+        ({"rand_augment": "m9", "in_chans": 1}, "data.rand_augment needs colour images, but model.in_chans is 1"),
         ({"workers": 10**6}, "data.workers is 1000000"),
     ],
 )

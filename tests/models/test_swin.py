@@ -20,7 +20,7 @@ from localmim.mim.masking import RandomMasking
 from localmim.mim.unit_masking import UnitMasking
 from localmim.models import layers
 from localmim.models.swin import SwinTransformer
-from localmim.training.optimizer import AdamW
+from localmim.training.optimizer import pretraining_groups
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = localmim.list_models("localmim_swin_*")
@@ -420,8 +420,8 @@ def test_decay_groups_are_the_authors(table):
     trainable = {n: p for n, p in model.parameters_and_names() if p.requires_grad}
     ours = dict.fromkeys((n for n, p in model.parameters_and_names() if not p.requires_grad), "frozen")
     ours |= {
-        n: "decay" if d else "no_decay"
-        for n, d in zip(trainable, AdamW(trainable, no_decay=model.encoder.no_decay).decays)
+        n: "decay" if group.decays else "no_decay"
+        for n, group in pretraining_groups(trainable, model.encoder.no_decay).items()
     }
     theirs = from_torch({n: row["group"] for n, row in table.items() if "hog_enc" not in n}, list(ours), [1.0] * 4)
     ours.pop("target.hog.bias")

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from localmim.config import load_config
 from localmim.errors import UserError
 from localmim.mim.tokenizers import FORMAT
-from localmim.training.loop import Pretraining, pretrain
+from localmim.training.loop import Run, train
 
 RECIPE = {
     "epochs": 1,
@@ -66,7 +66,7 @@ def config_of(recipe, *overrides: str):
 
 def test_steps(recipe):
     """A Swin with a scale of its own, accumulation, ids from a file: the first loss is near log(vocab) a scale."""
-    pretrain(config_of(recipe))
+    train(config_of(recipe))
     lines = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(0.5 * np.log(6) < x < 2 * np.log(6) for x in lines[0]["loss_scales"])
@@ -74,13 +74,13 @@ def test_steps(recipe):
 
 def test_goes_on_with_the_same_codebook_only(recipe):
     """The file may move; another one under the same name would change the task without a sign."""
-    Pretraining(config_of(recipe)).save()
+    Run(config_of(recipe)).save()
     moved = recipe.parent / "moved.safetensors"
     shutil.move(recipe.parent / "codebook.safetensors", moved)
-    assert Pretraining(config_of(recipe, "--target.codebook", f"[{moved}]")).store.latest() is not None
+    assert Run(config_of(recipe, "--target.codebook", f"[{moved}]")).store.latest() is not None
     write_codebook(moved, 1)
     with pytest.raises(UserError, match=r"target\.codebook is not the one that the run in"):
-        Pretraining(config_of(recipe, "--target.codebook", f"[{moved}]"))
+        Run(config_of(recipe, "--target.codebook", f"[{moved}]"))
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_goes_on_with_the_same_codebook_only(recipe):
 def test_mistakes_are_one_line(recipe, overrides, said):
     """Before anything is written."""
     with pytest.raises(UserError, match=said) as caught:
-        Pretraining(config_of(recipe, *overrides))
+        Run(config_of(recipe, *overrides))
     assert "\n" not in str(caught.value) and not (recipe.parent / "run").exists()

@@ -12,7 +12,7 @@ from localmim import cli
 from localmim.config import load_config
 from localmim.errors import RunError
 from localmim.training.checkpoint import read_checkpoint
-from localmim.training.loop import Pretraining, flatten, introduction, pretrain
+from localmim.training.loop import Run, flatten, introduction, train
 
 RECIPE = {
     "epochs": 2,
@@ -54,7 +54,7 @@ def test_rectangular_four_channel_run_from_config_alone(recipe, tmp_path):
     """Nothing hard-codes 3 channels or squares: the run trains, logs each step and leaves a checkpoint."""
     output = tmp_path / "run"
     config = load_config(["--config", str(recipe), "--output_dir", str(output)])
-    pretrain(config)
+    train(config)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -69,7 +69,7 @@ def test_rectangular_four_channel_run_from_config_alone(recipe, tmp_path):
 def test_nonfinite_steps_are_skipped_counted_and_then_stop_with_a_dump(recipe, tmp_path):
     """A NaN image costs its step's update and nothing else; too many in a row stop the run and name step and layer."""
     output = tmp_path / "run"
-    run = Pretraining(load_config(["--config", str(recipe), "--output_dir", str(output)]))
+    run = Run(load_config(["--config", str(recipe), "--output_dir", str(output)]))
     before = {n: p.asnumpy() for n, p in run.model.parameters_and_names()}
     output.mkdir()
     batch = next(run.pipeline.epoch(0))
@@ -90,7 +90,7 @@ def test_the_dump_names_the_layer_that_breaks(recipe, tmp_path):
     """A weight that overflows inside the network is found by name, and so is an output that does."""
     from localmim.training.diagnose import first_nonfinite
 
-    run = Pretraining(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
+    run = Run(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
     part = run.parts(next(run.pipeline.epoch(0)), 0)[0]
     assert first_nonfinite(run.model, run.optimizer, part) is None
     weight = run.model.encoder.blocks[2].mlp.fc2.weight
@@ -105,7 +105,7 @@ def test_the_dump_names_the_layer_that_breaks(recipe, tmp_path):
 
 def test_introduction_shows_the_arithmetic(recipe, tmp_path):
     """People on one device must see which learning rate they get, and which blocks no tap reads."""
-    run = Pretraining(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
+    run = Run(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
     text = "\n".join(introduction(run))
     assert "lr = 0.5 x 4 / 256 = 0.0078125; effective batch 2 x 2 = 4" in text
     assert "2x4 squares of 8 px, 2 visible" in text

@@ -8,7 +8,8 @@ built and its first steps are thrown away.
 An image that cannot be decoded is skipped by MindData in order (`ErrorSamplesMode.SKIP`): the rest of its segment
 moves up by one, and the end is filled with the images that follow in the permutation, from its start again after its
 end. That happens the same way each time, so a resumed run needs to remember nothing to get equal batches; what was
-found is kept only to be named once and counted. Building a pipeline sets MindData's global seed (and with it numpy's
+found is kept only to be named once and counted. RandAugment and random erasing are Python maps, whose random numbers
+follow from (seed, epoch, sample) alone. Building a pipeline sets MindData's global seed (and with it numpy's
 legacy one) and its global error mode.
 """
 
@@ -29,6 +30,7 @@ import numpy as np
 from mindspore.dataset import vision
 
 from localmim.config import DataConfig
+from localmim.data.augment import ERASE, RAND_AUGMENT, RandAugment, RandomErasing, generator, parse_policy
 from localmim.data.sources import Source, UnreadableImage, decode
 from localmim.errors import UserError
 
@@ -36,6 +38,7 @@ log = logging.getLogger("localmim.data")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATION = {"bicubic": vision.Inter.BICUBIC, "bilinear": vision.Inter.BILINEAR}
 EVAL_MARGIN = 256 / 224  # short side after resizing, in units of the crop
 
 Rows = tuple[np.ndarray, np.ndarray]  # images float32 [n, C, H, W], sample numbers int32 [n]
@@ -110,8 +113,28 @@ def unreadable_reason(source: Source, sample: int, in_chans: int = 3) -> str | N
     return None
 
 
+class PerSample:
+    """A MindData op over (image, sample) that gives `call` the image and random numbers of its own.
+
+    The first error is kept and the images stay as they are from then on: MindData would leave out the image of an op
+    that raises. Who takes the batches raises `error`.
+    """
+
+    def __init__(self, call: Callable, seed: int, epoch: int, purpose: int):
+        self.call, self.seed, self.epoch, self.purpose = call, seed, epoch, purpose
+        self.error: Exception | None = None
+
+    def __call__(self, image: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.error is None:
+            try:
+                image = self.call(image, generator(self.seed, self.epoch, int(sample), self.purpose))
+            except Exception as error:
+                self.error = error
+        return image, sample
+
+
 class TrainPipeline:
-    """Random crops for training.
+    """Random crops for training, with RandAugment and random erasing where the recipe asks for them.
 
     Args:
         source: the images.
@@ -147,12 +170,19 @@ class TrainPipeline:
             raise UserError(f"data.crop_ratio is {config.crop_ratio}, expected 0 < low <= high")
         if not 0 <= config.hflip <= 1:
             raise UserError(f"data.hflip is {config.hflip}, expected 0 to 1")
+        policy = parse_policy(config.rand_augment) if config.rand_augment else None
+        if policy and in_chans != 3:
+            raise UserError(f"data.rand_augment needs colour images, but model.in_chans is {in_chans}")
         if config.segment_steps < 1:
             raise UserError(f"data.segment_steps is {config.segment_steps}, expected 1 or more")
         self.source, self.config, self.image_size, self.in_chans = source, config, tuple(image_size), in_chans
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.workers = resolve_workers(config.workers)
         self.mean, self.std = resolve_mean_std(config, in_chans)
+        self.erase = RandomErasing(config.erase) if config.erase else None
+        self.rand_augment = None
+        if policy:
+            self.rand_augment = RandAugment(policy, np.rint(self.mean * 255).astype(int).tolist(), config.interpolation)
         self.steps_per_epoch = share // batch_size
         self.bad = BadImages(source, config.max_bad_share, share)
 
@@ -215,7 +245,7 @@ class TrainPipeline:
                 raise UserError(f"data.dir: none of {len(order)} images can be read")
             rows, queue = queue[:missing], queue[missing:]
             stream = np.random.SeedSequence([self.seed, epoch, segment, self.rank, attempt])
-            for images, ids in self._rows(rows, int(stream.generate_state(1)[0])):
+            for images, ids in self._rows(rows, int(stream.generate_state(1)[0]), epoch):
                 missing -= len(ids)
                 readable.append(ids)
                 if len(rest[1]):
@@ -226,17 +256,22 @@ class TrainPipeline:
                 rest = images, ids
             attempt += 1
 
-    def _rows(self, rows: np.ndarray, seed: int) -> Iterator[Rows]:
+    def _rows(self, rows: np.ndarray, seed: int, epoch: int = 0) -> Iterator[Rows]:
         """Augmented images of `rows` and their numbers, in order and without the unreadable ones."""
         ds.config.set_error_samples_mode(ds.config.ErrorSamplesMode.SKIP)  # read while running: stays set
         ds.config.set_seed(seed)  # read when the iterator is made
-        reads = self.source.dataset(rows, self.workers)
-        crops = reads.map(self._transforms(), ["image"], num_parallel_workers=self.workers)
-        batches = crops.batch(self.batch_size, num_parallel_workers=1)
+        dataset, maps = self.source.dataset(rows, self.workers), self._maps(epoch)
+        for op in maps:
+            columns = ["image", "sample"] if isinstance(op, PerSample) else ["image"]
+            dataset = dataset.map(op, columns, columns, num_parallel_workers=self.workers)
+        batches = dataset.batch(self.batch_size, num_parallel_workers=1)
         iterator = batches.create_tuple_iterator(num_epochs=1, output_numpy=True)
         place = 0  # in rows: the next one that is expected
         try:
             for images, ids in iterator:
+                for op in maps:
+                    if isinstance(op, PerSample) and op.error:
+                        raise op.error
                 end = place + 1 + int(np.flatnonzero(rows[place:] == ids[-1])[0])
                 self._report(np.setdiff1d(rows[place:end], ids))
                 place = end
@@ -249,17 +284,22 @@ class TrainPipeline:
         for sample in skipped:
             self.bad.add(int(sample), self.in_chans, "another image takes its place")
 
-    def _transforms(self) -> list:
-        """Bytes or (H, W, C) to normalised float32 (C, H, W), or (H, W) for encoded grey images."""
-        crop = vision.RandomCropDecodeResize if self.source.encoded else vision.RandomResizedCrop
+    def _maps(self, epoch: int) -> list[list | PerSample]:
+        """Bytes or (H, W, C) to normalised float32 (C, H, W), or (H, W) for encoded grey images: map after map."""
+        crop_op = vision.RandomCropDecodeResize if self.source.encoded else vision.RandomResizedCrop
         scale, ratio = tuple(self.config.crop_scale), tuple(self.config.crop_ratio)
-        transforms = [crop(self.image_size, scale, ratio, vision.Inter.BICUBIC)]
+        crop = [crop_op(self.image_size, scale, ratio, INTERPOLATION[self.config.interpolation])]
         if self.config.hflip:
-            transforms.append(vision.RandomHorizontalFlip(self.config.hflip))
+            crop.append(vision.RandomHorizontalFlip(self.config.hflip))
         if self.source.encoded and self.in_chans == 1:
-            transforms.append(vision.ConvertColor(vision.ConvertMode.COLOR_RGB2GRAY))
-        mean, std = (self.mean * 255).tolist(), (self.std * 255).tolist()
-        return [*transforms, vision.Normalize(mean, std), vision.HWC2CHW()]
+            crop.append(vision.ConvertColor(vision.ConvertMode.COLOR_RGB2GRAY))
+        normalise = [vision.Normalize((self.mean * 255).tolist(), (self.std * 255).tolist()), vision.HWC2CHW()]
+        maps: list[list | PerSample] = [[*crop, *normalise]]
+        if self.rand_augment:
+            maps = [crop, PerSample(self.rand_augment, self.seed, epoch, RAND_AUGMENT), normalise]
+        if self.erase:
+            maps.append(PerSample(self.erase, self.seed, epoch, ERASE))
+        return maps
 
 
 def eval_batches(

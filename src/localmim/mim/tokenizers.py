@@ -398,6 +398,12 @@ def require_fixed_crops(config: DataConfig, image_size: tuple[int, int]) -> None
         wrong.append(f"data.crop_ratio: [{ratio:.6g}, {ratio:.6g}]")
     if config.hflip != 0:
         wrong.append("data.hflip: 0")
+    if config.rand_augment:
+        wrong.append("data.rand_augment: ''")
+    if config.erase:
+        wrong.append("data.erase: 0")
+    if config.interpolation != "bicubic":
+        wrong.append("data.interpolation: bicubic")
     if wrong:
         raise UserError(f"stored ids fit only images that are always cropped alike: set {', '.join(wrong)}")
 

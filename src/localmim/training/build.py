@@ -5,24 +5,40 @@ from __future__ import annotations
 import dataclasses
 
 from localmim.config import Config
+from localmim.errors import UserError
 from localmim.mim.masking import RandomMasking
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import Tokenizer, open_tokenizer
 from localmim.mim.unit_masking import UnitMasking
-from localmim.models.registry import create_model
+from localmim.models.classifier import Classifier
+from localmim.models.registry import create_model, list_models
 from localmim.models.swin import SwinTransformer
 
 
-def build_model(config: Config) -> MaskedImageModel:
+def build_model(config: Config) -> MaskedImageModel | Classifier:
     """The recipe's model with fresh weights; seed the framework first.
 
     Raises:
-        UserError: Unknown name, or sizes that do not fit together.
+        UserError: Unknown name, a name that does not fit the task, or sizes that do not fit together.
     """
     given = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
     name = given.pop("name")
+    if config.task == "pretrain":
+        return build_pretraining_model(name, given, config)
+    given.pop("isolated_gradients")  # of pre-training; its default says nothing
+    if config.task == "linear_probe":
+        given["probe"] = True
+    model = create_model(name, reference_quirks=config.reference_quirks, **given)
+    if not isinstance(model, Classifier):
+        known = ", ".join(list_models("[!l]*"))
+        raise UserError(f"model.name {name} is a model for pre-training, task {config.task} needs one of {known}")
+    return model
+
+
+def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedImageModel:
+    """The model of a pre-training recipe; `given` are the keys of `model` that are set."""
     target = config.target
-    return create_model(
+    model = create_model(
         name,
         target=target.kind,
         nbins=target.nbins,
@@ -33,6 +49,9 @@ def build_model(config: Config) -> MaskedImageModel:
         seed=config.seed,
         **given,
     )
+    if not isinstance(model, MaskedImageModel):
+        raise UserError(f"model.name {name} is a classifier, task pretrain needs one of localmim_*")
+    return model
 
 
 def build_tokenizer(config: Config, model: MaskedImageModel) -> Tokenizer | None:

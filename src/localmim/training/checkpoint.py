@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill, a full disk and a damaged file: one hashed folder a step, put in place by a rename.
 
     DIR/step_00001234/weights.safetensors    the model; its header also holds the resolved config
+                      average.safetensors    the moving average of the weights, where the recipe keeps one
                       optimizer.safetensors  the moments
                       state.json             step, epoch, loss scaler, counters, position in the data
                       config.yaml            the resolved config
@@ -36,6 +37,7 @@ from localmim.errors import UserError
 
 FORMAT = "localmim-1"
 WEIGHTS, OPTIMIZER, STATE, CONFIG = "weights.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
+AVERAGE = "average.safetensors"  # a weights file like the other
 FILES = (WEIGHTS, OPTIMIZER, STATE, CONFIG)
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
@@ -83,9 +85,23 @@ class Checkpoint:
         with _reading(path):
             return json.loads(path.read_text("utf-8"))
 
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes that a classifier was trained on; empty if there are none."""
+        return json.loads(self._metadata.get("classes", "[]"))
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights was kept."""
+        return self.path.suffix != ".safetensors" and self._part(AVERAGE).exists()
+
     def weights(self) -> dict[str, np.ndarray]:
         """Name to array, bit for bit as saved; read anew at each call."""
         return self._tensors(WEIGHTS)
+
+    def average(self) -> dict[str, np.ndarray]:
+        """The moving average of the weights, as `weights`."""
+        return self._tensors(AVERAGE)
 
     def optimizer(self) -> dict[str, np.ndarray]:
         """Name to array, bit for bit as saved; read anew at each call."""
@@ -133,24 +149,28 @@ class CheckpointStore:
         optimizer: Mapping[str, np.ndarray],
         state: dict,
         config: dict,
+        average: Mapping[str, np.ndarray] | None = None,
+        classes: list[str] | None = None,
     ) -> Path:
         """Write the checkpoint of `step`, make it the latest, and remove the oldest; returns its folder.
 
-        `weights`, `optimizer`: name to array of any shape, of bool, integer, float16/32/64 or complex64.
+        `weights`, `optimizer`, `average`: name to array of any shape, of bool, integer, float16/32/64 or complex64.
         `state`: plain values for JSON (its tuples come back as lists). `config`: plain nested dict.
+        `classes`: names of a classifier's classes.
         A checkpoint of the same step is replaced. Raises UserError when the disk does not take it; what was saved
         before stays as it was.
         """
         name = f"step_{step:08d}"
         final, temporary, replaced = (self.directory / (prefix + name) for prefix in ("", _SAVING, _REPLACED))
-        config_text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        metadata = {"format": FORMAT, "step": str(step), "config": config_text}
+        metadata = weights_header(step, config, classes)
         contents = {
             WEIGHTS: _tensor_chunks(weights, metadata),
             OPTIMIZER: _tensor_chunks(optimizer, {"format": FORMAT, "step": str(step)}),
             STATE: [_json_bytes(state)],
-            CONFIG: [config_text.encode()],
+            CONFIG: [metadata["config"].encode()],
         }
+        if average is not None:
+            contents[AVERAGE] = _tensor_chunks(average, metadata)
         try:
             _make_folder(self.directory)
             self._clear_leftovers()
@@ -279,8 +299,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
         checkpoint = Checkpoint(path)
-        in_place = path.name == WEIGHTS and (path.parent / MANIFEST).exists()
-        damage = _damage(path.parent, names=(WEIGHTS,)) if in_place else None
+        in_place = path.name in (WEIGHTS, AVERAGE) and (path.parent / MANIFEST).exists()
+        damage = _damage(path.parent, names=(path.name,)) if in_place else None
     elif path.is_dir() and (_STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).exists()):
         checkpoint = Checkpoint(path)
         damage = _damage(path)
@@ -299,8 +319,18 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-def _damage(folder: Path, names: Iterable[str] = FILES, hashes: bool = True) -> str | None:
-    """What is wrong with a step folder, in a few words; None if its files are as the manifest says."""
+def weights_header(step: int, config: dict, classes: list[str] | None = None) -> dict[str, str]:
+    """What a weights file says about itself."""
+    header = {
+        "format": FORMAT,
+        "step": str(step),
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+    }
+    return {**header, "classes": json.dumps(classes, ensure_ascii=False)} if classes else header
+
+
+def _damage(folder: Path, names: Iterable[str] | None = None, hashes: bool = True) -> str | None:
+    """What is wrong with a step folder, or with `names` in it, in a few words; None if all is as the manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         if manifest["format"] != FORMAT:
@@ -308,7 +338,7 @@ def _damage(folder: Path, names: Iterable[str] = FILES, hashes: bool = True) -> 
         match = _STEP_FOLDER.search(folder.name)
         if match and manifest["step"] != int(match[1]):
             return f"{MANIFEST}: step {manifest['step']}, unlike the folder's name"
-        for name in names:
+        for name in dict.fromkeys([*FILES, *manifest["files"]]) if names is None else names:
             expected, size = manifest["files"][name], (folder / name).stat().st_size
             if size != expected["size"]:
                 return f"{name}: {size} bytes, expected {expected['size']}"

@@ -1,4 +1,4 @@
-"""The pre-training loop.
+"""The training loop, the same for every task.
 
 Everything that is random is a function of (seed, epoch, sample), so a run that was killed goes on from its newest
 checkpoint as if nothing had happened, bit for bit on the same machine.
@@ -20,28 +20,36 @@ import yaml
 from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
-from localmim.data.sources import open_source
 from localmim.device import compute_dtype, set_device
 from localmim.errors import RunError, UserError
-from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.models.layers import set_compute_dtype
-from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
+from localmim.training.classification import Classification
 from localmim.training.diagnose import write_dump
-from localmim.training.optimizer import AdamW
+from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
+from localmim.training.pretraining import Pretraining
 from localmim.training.runlog import RunLog
 from localmim.training.schedule import WarmupCosine, scaled_lr
 from localmim.training.step import LossScaler, StepResult, TrainStep
+from localmim.training.task import Task
 
+TASKS: dict[str, type[Task]] = {
+    "pretrain": Pretraining,
+    "finetune": Classification,
+    "linear_probe": Classification,
+}
+LARS_TRUST = 0.001
 CHECKPOINTS = "checkpoints"
 # What may differ when a run goes on: none of it changes what is computed, except how long.
 MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint"} | {
     *(f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")),
+    *(f"classification.{k}" for k in ("init", "eval_every")),  # where a run began; how often it is measured
+    "data.val_dir",
     "target.codebook",  # its place; what is in it is checked
 }
 
 
-class Pretraining:
+class Run:
     """One run: its parts, its position, and what a checkpoint keeps of it.
 
     Raises:
@@ -50,21 +58,15 @@ class Pretraining:
 
     def __init__(self, config: Config):
         # ---- Device, data, model
-        self.config = config
-        self.output = Path(config.output_dir)
         self.device = set_device(config.device)
         dtype = compute_dtype(config.precision, self.device)
         ms.set_seed(config.seed)
         np.random.seed(config.seed)
-        self.model = set_compute_dtype(build_model(config), dtype)
-        self.masking = build_masking(config, self.model)
-        encoder = self.model.encoder
-        self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
-        self.tokenizer = build_tokenizer(config, self.model)
-        if isinstance(self.tokenizer, StoredIds):
-            require_fixed_crops(config.data, encoder.image_size)
-            self.tokenizer.check(self.source)
-        self.codebook = fingerprint(config.target.codebook) if self.tokenizer is not None else None
+        self.task = TASKS[config.task](config)
+        self.config = config = self.task.config
+        self.output = Path(config.output_dir)
+        self.model = set_compute_dtype(self.task.model, dtype)
+        encoder, self.source = self.model.encoder, self.task.source
         self.effective_batch = config.batch_size * config.accumulate
         self.pipeline = TrainPipeline(
             self.source, config.data, encoder.image_size, encoder.in_chans, self.effective_batch, config.seed
@@ -73,9 +75,12 @@ class Pretraining:
         # ---- Optimizer and schedule
         options = config.optimizer
         trainable = {n: p for n, p in self.model.parameters_and_names() if p.requires_grad}
-        self.optimizer = AdamW(trainable, options.betas, options.eps, options.weight_decay, encoder.no_decay)
+        self.optimizer = build_optimizer(config, trainable, self.task.groups())
+        self.average = None if options.ema_decay is None else WeightAverage(trainable, options.ema_decay)
         self.scaler = LossScaler(config.precision == "fp16")
-        self.train_step = TrainStep(self.model, self.optimizer, config.accumulate, options.clip_grad, self.scaler)
+        self.train_step = TrainStep(
+            self.task.network, self.optimizer, config.accumulate, options.clip_grad, self.scaler, self.average
+        )
         self.lr = scaled_lr(options.blr, self.effective_batch) if options.lr is None else options.lr
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.schedule = WarmupCosine(
@@ -86,11 +91,14 @@ class Pretraining:
 
         # ---- Position: steps count finished optimizer steps, updates only those that were not skipped
         self.step = self.updates = self.skipped = self.bad_in_a_row = 0
-        self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * len(self.model.decoders)}
+        self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
         self.store = CheckpointStore(self.output / CHECKPOINTS, config.checkpoint.keep)
         newest = self.store.latest()
+        self.beginning = self.task.begin() if newest is None else []
         if newest is not None:
             self.resume(newest)
+        elif self.average is not None:
+            self.average.start()
 
     # ---- Checkpoints
 
@@ -102,9 +110,10 @@ class Pretraining:
         """
         refuse_other_recipe(config_from_dict(checkpoint.config).as_dict(), self.config.as_dict(), self.output)
         state = checkpoint.state
-        if state.get("codebook") != self.codebook:
-            raise UserError(f"target.codebook is not the one that the run in {self.output} began with")
+        self.task.check_state(state)
         load_weights(self.model, checkpoint.weights())
+        if self.average is not None:
+            self.average.load_state(checkpoint.average())
         self.optimizer.load_state(checkpoint.optimizer())
         self.scaler.load_state(state["scaler"])
         self.pipeline.load_state(state["data"])
@@ -121,11 +130,25 @@ class Pretraining:
             "skipped": self.skipped,
             "bad_in_a_row": self.bad_in_a_row,
             "interval": self.interval,
-            "codebook": self.codebook,
+            **self.task.state(),
             "scaler": self.scaler.state(),
             "data": self.pipeline.state(),
         }
-        return self.store.save(self.step, weights_of(self.model), self.optimizer.state(), state, self.config.as_dict())
+        weights = weights_of(self.model)
+        average = None if self.average is None else {**weights, **self.average.state()}
+        return self.store.save(
+            self.step, weights, self.optimizer.state(), state, self.config.as_dict(), average, self.task.classes
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """What the task measures, of the weights and of their average if there is one."""
+        result = self.task.evaluate()
+        if self.average is not None:
+            weights = weights_of(self.model)
+            load_weights(self.model, {**weights, **self.average.state()})
+            result |= {f"{key}_average": value for key, value in self.task.evaluate().items()}
+            load_weights(self.model, weights)
+        return result
 
     def save_is_due(self) -> bool:
         """Whether the config asks for a checkpoint after the step just made."""
@@ -138,14 +161,10 @@ class Pretraining:
     # ---- Steps
 
     def parts(self, batch: Batch, epoch: int) -> list[tuple[np.ndarray, ...]]:
-        """The model's inputs for each forward pass of a step: images, mask arrays, codebook ids if any."""
-        size = self.config.batch_size
-        parts = []
-        for i in range(0, self.effective_batch, size):
-            images, samples = batch.images[i : i + size], batch.ids[i : i + size]
-            ids = () if self.tokenizer is None else self.tokenizer(images, samples)
-            parts.append((images, *self.masking(epoch, samples).arrays(), *ids))
-        return parts
+        """The network's inputs for each forward pass of a step."""
+        size, first = self.config.batch_size, self.step * self.config.accumulate
+        parts = [Batch(*(column[i * size : (i + 1) * size] for column in batch)) for i in range(self.config.accumulate)]
+        return [self.task.inputs(part, epoch, first + i) for i, part in enumerate(parts)]
 
     def advance(self, batch: Batch, epoch: int) -> StepResult:
         """One optimizer step.
@@ -180,21 +199,33 @@ class Pretraining:
         means = {"loss": self.interval["loss"] / n, "loss_scales": [x / n for x in self.interval["losses"]]}
         if self.interval["steps"] == 0:
             means = {"loss": float("nan"), "loss_scales": []}
-        self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * len(self.model.decoders)}
+        if not self.task.loss_parts:
+            del means["loss_scales"]
+        self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
         return means
 
 
-def pretrain(config: Config) -> None:
+def build_optimizer(config: Config, trainable: dict, groups: dict[str, Group]) -> AdamW | Momentum:
+    """The recipe's optimizer of these parameters."""
+    options = config.optimizer
+    if options.kind == "adamw":
+        return AdamW(trainable, options.betas, options.eps, options.weight_decay, groups)
+    trust = LARS_TRUST if options.kind == "lars" else 0.0
+    return Momentum(trainable, options.momentum, options.weight_decay, trust, groups)
+
+
+def train(config: Config) -> None:
     """Runs or continues a recipe until it is done.
 
     Raises:
         UserError: A config, data set or output folder that does not fit.
         RunError: Stopped by a signal (after a checkpoint) or by non-finite steps.
     """
-    run = Pretraining(config)
+    run = Run(config)
     if run.step >= run.last_step:
         print(f"{run.output} is complete: {run.step} steps are done")
         return
+    config = run.config
     write_config(run.output, config)
     with stop_signals() as stop, RunLog(run.output, run.last_step, run.step) as log, warnings_to(log):
         for line in introduction(run):
@@ -214,7 +245,13 @@ def pretrain(config: Config) -> None:
                 begin = time.perf_counter()
 
                 # ---- Records
-                if run.step % config.log_every == 0 or run.step == run.last_step:
+                measured = {}
+                last = run.step == run.last_step
+                if run.task.evaluation_is_due(run.step, run.steps_per_epoch, last):
+                    measured = run.evaluate()
+                    log.message(f"step {run.step}: " + ", ".join(f"{k} {v:.2f}" for k, v in measured.items()))
+                    begin = time.perf_counter()
+                if run.step % config.log_every == 0 or last or measured:
                     log.log(
                         run.step,
                         epoch=run.step / run.steps_per_epoch,
@@ -222,6 +259,7 @@ def pretrain(config: Config) -> None:
                         lr=run.schedule.at(run.step - 1),
                         **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
                         **({"loss_scale": run.scaler.scale} if run.scaler.enabled else {}),
+                        **measured,
                         skipped=run.skipped,
                         bad_images=len(run.pipeline.bad.ids),
                         images_per_s=steps * run.effective_batch / spent,
@@ -242,18 +280,16 @@ def pretrain(config: Config) -> None:
                     return
 
 
-def introduction(run: Pretraining) -> list[str]:
+def introduction(run: Run) -> list[str]:
     """What a run says before its first step."""
-    config, encoder = run.config, run.model.encoder
-    h, w = encoder.mask_grid
+    config = run.config
     trained = sum(p.size for p in run.optimizer.parameters)
     lines = [
         f"{config.model.name} on {run.device} in {config.precision}: {trained / 1e6:.1f} M parameters are trained",
-        f"{len(run.source)} images from {config.data.dir}; "
-        f"{h}x{w} squares of {encoder.mask_unit} px, {run.masking.keep} visible",
+        f"{len(run.source)} images from {config.data.dir}",
+        *run.task.introduction(),
+        *run.beginning,
     ]
-    if encoder.idle():
-        lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
     equation = f"{config.optimizer.blr:g} x {run.effective_batch} / 256 = " if config.optimizer.lr is None else ""
     lines += [
         f"lr = {equation}{run.lr:g}; effective batch {config.batch_size} x {config.accumulate} = {run.effective_batch}",

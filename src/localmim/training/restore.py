@@ -7,18 +7,22 @@ import mindspore as ms
 from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights
 from localmim.mim.model import MaskedImageModel
+from localmim.models.classifier import Classifier
 from localmim.training.build import build_model
 from localmim.training.checkpoint import read_checkpoint
 
 
-def untrained_model(config: Config) -> MaskedImageModel:
+def untrained_model(config: Config) -> MaskedImageModel | Classifier:
     """The recipe's model with the weights that its run began with."""
     ms.set_seed(config.seed)
     return build_model(config)
 
 
-def restore(path: str) -> tuple[Config, MaskedImageModel, int]:
+def restore(path: str, average: bool = False) -> tuple[Config, MaskedImageModel | Classifier, int]:
     """The recipe, the model with its trained weights and the step of a run, a checkpoint or a weights file.
+
+    Args:
+        average: Take the moving average of the weights.
 
     Raises:
         UserError: There is none, or it is damaged.
@@ -26,5 +30,5 @@ def restore(path: str) -> tuple[Config, MaskedImageModel, int]:
     checkpoint = read_checkpoint(path)
     config = config_from_dict(checkpoint.config)
     model = build_model(config)
-    load_weights(model, checkpoint.weights())
+    load_weights(model, checkpoint.average() if average else checkpoint.weights())
     return config, model, checkpoint.step

@@ -8,7 +8,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from localmim.training.optimizer import AdamW, zeros_like
+from localmim.training.optimizer import AdamW, Momentum, WeightAverage, zeros_like
+
+Optimizer = AdamW | Momentum
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class _ScaledLoss(nn.Cell):
 class _Gradients(nn.Cell):
     """Loss, its parts and the gradients of the scaled loss."""
 
-    def __init__(self, model: nn.Cell, optimizer: AdamW):
+    def __init__(self, model: nn.Cell, optimizer: Optimizer):
         super().__init__()
         self.differentiate = ms.value_and_grad(_ScaledLoss(model), None, optimizer.parameters, has_aux=True)
 
@@ -105,11 +107,11 @@ def _clear_one(buffer):
 
 
 class _Update(nn.Cell):
-    """Unscales and clips gradients, and updates if all of them are finite."""
+    """Unscales and clips gradients, and updates if all of them are finite; so does the average of the weights."""
 
-    def __init__(self, optimizer: AdamW, clip: float | None, scaled: bool):
+    def __init__(self, optimizer: Optimizer, clip: float | None, scaled: bool, average: WeightAverage | None):
         super().__init__()
-        self.optimizer, self.clip, self.scaled = optimizer, clip, scaled
+        self.optimizer, self.clip, self.scaled, self.average = optimizer, clip, scaled, average
         self.map_ = ops.HyperMap()
 
     def construct(self, loss, gradients, factor, scalars):
@@ -126,6 +128,8 @@ class _Update(nn.Cell):
             finite = ops.isfinite(ops.addn(self.map_(_sum, gradients)) + loss)
         if finite:
             self.optimizer(gradients, *scalars)
+            if self.average is not None:
+                self.average()
         return finite, norm
 
 
@@ -179,13 +183,22 @@ class TrainStep:
         accumulate: Forward passes a step; their gradients are averaged.
         clip: Largest global gradient norm; None: no clipping.
         scaler: Its scale multiplies the loss.
+        average: Takes in the weights after each update.
     """
 
-    def __init__(self, model: nn.Cell, optimizer: AdamW, accumulate: int = 1, clip: float | None = None, scaler=None):
+    def __init__(
+        self,
+        model: nn.Cell,
+        optimizer: Optimizer,
+        accumulate: int = 1,
+        clip: float | None = None,
+        scaler: LossScaler | None = None,
+        average: WeightAverage | None = None,
+    ):
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
         self.scaler = scaler or LossScaler(False)
         gradients = _Gradients(model, optimizer)
-        update = _Update(optimizer, clip, self.scaler.enabled or accumulate > 1)
+        update = _Update(optimizer, clip, self.scaler.enabled or accumulate > 1, average)
         if accumulate == 1:
             self.whole = _WholeStep(gradients, update)
         else:

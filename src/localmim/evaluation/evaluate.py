@@ -1,0 +1,143 @@
+"""What eval.py does: a checkpoint to its accuracy, as a line and as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from localmim import cli
+from localmim.config import Config, config_from_dict, merged, read_recipe
+from localmim.convert.load import load_weights
+from localmim.data.sources import open_source
+from localmim.device import set_device
+from localmim.distributed import Ranks, join
+from localmim.errors import UserError
+from localmim.evaluation.accuracy import accuracy, class_numbers
+from localmim.evaluation.neighbours import neighbours
+from localmim.models.layers import to_pair
+from localmim.models.resize import fit_to_size
+from localmim.training.build import build_model
+from localmim.training.checkpoint import Checkpoint, read_checkpoint
+from localmim.training.classification import labelled
+
+
+def evaluate(
+    ckpt: str,
+    data_dir: str = "",
+    config: str = "",
+    batch_size: int = 64,
+    average: bool = False,
+    out: str = "",
+    device: str = "auto",
+) -> dict:
+    """Evaluates a checkpoint.
+
+    Args:
+        ckpt: A run's folder, one of its checkpoints, or a weights file.
+        data_dir: Images with labels; empty: the recipe's.
+        config: A recipe whose keys replace the checkpoint's own.
+        batch_size: Images a forward pass on a device.
+        average: Take the moving average of the weights.
+        out: JSON file for the result; empty: beside the checkpoint.
+        device: auto, CPU, GPU or Ascend.
+
+    Raises:
+        UserError: No checkpoint, no labelled images, or classes that the checkpoint does not know.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}, expected at least 1")
+    chosen = set_device(device)
+    ranks = join()
+    checkpoint = read_checkpoint(ckpt)
+    if average and not checkpoint.has_average:
+        raise UserError(f"{checkpoint.path} holds no moving average of the weights: its recipe has no ema_decay")
+    recipe = config_from_dict(merged(checkpoint.config, read_recipe(Path(config)) if config else {}))
+    if recipe.task == "pretrain":
+        result = neighbours_of(ckpt, recipe, data_dir, ranks, device)
+        line = f"weighted 20-NN of frozen features: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+    else:
+        result = accuracy_of(checkpoint, recipe, data_dir, batch_size, average, ranks)
+        line = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images"
+    result |= {"ckpt": str(checkpoint.path), "step": checkpoint.step, "task": recipe.task, "model": recipe.model.name}
+    result |= {"device": chosen, "devices": ranks.world}
+    if ranks.rank == 0:
+        path = Path(out) if out else beside(checkpoint.path)
+        write_json(path, result)
+        print(f"{line}; {path}")
+    return result
+
+
+def accuracy_of(
+    checkpoint: Checkpoint, recipe: Config, data_dir: str, batch_size: int, average: bool, ranks: Ranks
+) -> dict:
+    """Accuracy of a classifier on `data_dir`, or on the recipe's data.val_dir."""
+    path = data_dir or recipe.data.val_dir
+    if not path:
+        raise UserError("no images to evaluate on: give --data-dir, the recipe has no data.val_dir")
+    model = build_model(recipe)
+    weights = checkpoint.average() if average else checkpoint.weights()
+    size = checkpoint.config["model"].get("image_size")
+    load_weights(model, fit_to_size(weights, model, to_pair(size) if size is not None else None).arrays)
+    model.set_train(False)
+    source = open_source(path, recipe.data.format if not data_dir else "auto", model.encoder.in_chans)
+    names = labelled(source, "--data-dir" if data_dir else "data.val_dir", path)
+    classes = checkpoint.classes
+    if not classes and len(names) != model.num_classes:
+        raise UserError(f"{path} has {len(names)} classes, the classifier {model.num_classes}, and knows no names")
+    numbers = class_numbers(source, classes or names, path)
+    result = accuracy(model, source, recipe.data, batch_size, numbers, ranks)
+    return {**result, "data_dir": path, "average": average}
+
+
+def neighbours_of(ckpt: str, recipe: Config, data_dir: str, ranks: Ranks, device: str) -> dict:
+    """Weighted 20-NN of a pre-training model."""
+    if ranks.world > 1:
+        raise UserError("k-NN of a pre-training model runs on one device")
+    if data_dir:
+        train, val = (str(Path(data_dir) / part) for part in ("train", "val"))
+    elif recipe.data.val_dir:
+        train, val = recipe.data.dir, recipe.data.val_dir
+    else:
+        raise UserError(
+            "a pre-training model is evaluated by k-NN: give --data-dir with class folders in train/ and val/"
+        )
+    return neighbours(ckpt, train, val)
+
+
+def beside(path: Path) -> Path:
+    """Where the result of a checkpoint goes: beside its run, or beside a weights file."""
+    if path.suffix == ".safetensors" and not (path.parent / "manifest.json").exists():
+        return path.with_suffix(".eval.json")
+    folder = path if path.is_dir() else path.parent  # a step of a run's checkpoints/
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    return run / f"eval_{folder.name}.json"
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Written aside and moved into place.
+
+    Raises:
+        UserError: The disk does not take it.
+    """
+    aside = path.with_name(f".{path.name}")
+    try:
+        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="eval.py", description="Evaluates what a checkpoint is.", exit_on_error=False)
+    parser.add_argument("--ckpt", metavar="RUN", type=str, required=True, help="a run, a checkpoint or a weights file")
+    parser.add_argument("--data-dir", metavar="DIR", type=str, default="", help="labelled images")
+    parser.add_argument("--config", metavar="FILE", type=str, default="", help="its keys replace the checkpoint's own")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=64, help="images a forward pass on a device")
+    parser.add_argument("--average", type=bool, default=False, help="true: the moving average of the weights")
+    parser.add_argument("--out", metavar="FILE", type=str, default="", help="JSON file for the result")
+    parser.add_argument("--device", type=str, default="auto", help="auto, CPU, GPU or Ascend")
+    evaluate(**cli.parse(parser, argv).as_dict())

@@ -1,0 +1,62 @@
+"""The weights that a classifier starts from: a pre-training run's encoder, or another classifier."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore.common.initializer import TruncatedNormal, initializer
+
+from localmim.config import Config, config_from_dict
+from localmim.convert.encoder import reorder_merging
+from localmim.convert.load import load_weights
+from localmim.errors import UserError
+from localmim.models.classifier import Classifier
+from localmim.models.layers import Linear, to_pair
+from localmim.models.resize import fit_to_size
+from localmim.training.checkpoint import read_checkpoint
+
+FRESH = ("norm.*", "head.*")  # a classifier's own
+DROPPED = ("encoder.tap_norms.*", "decoders.*", "target.*")  # of pre-training alone
+
+
+def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -> list[str]:
+    """Gives `model` the weights that the recipe names, or fresh ones; returns what was done, in lines.
+
+    An encoder that was pre-trained with `reference_quirks` merges patches in another order (docs/quirks.md, Q3): with
+    the same switch here its merging weights are taken as they are, without it they are put into the official order.
+    Everything of the encoder must be there. Norm and head of a classifier come along if the classes are the same ones.
+
+    Raises:
+        UserError: The file is no checkpoint, or its encoder is another one.
+    """
+    path = config.classification.init
+    if not path:
+        if config.task == "linear_probe":
+            raise UserError("classification.init is empty: a linear probe needs the encoder of a run or a weights file")
+        draw_fresh(model)
+        return ["fresh weights: classification.init is empty"]
+    checkpoint = read_checkpoint(path)
+    saved = config_from_dict(checkpoint.config)
+    arrays = checkpoint.weights()
+    same = checkpoint.classes == classes and saved.task == config.task
+    if not same:
+        arrays = {n: a for n, a in arrays.items() if not n.startswith(("norm.", "head."))}
+    lines = []
+    permuted = saved.task == "pretrain" and saved.reference_quirks and not config.reference_quirks
+    if permuted and hasattr(model.encoder, "layers"):
+        arrays = {n: reorder_merging(n, a) for n, a in arrays.items()}
+        lines.append("merging weights put into the official order (Q3)")
+    size = saved.model.image_size
+    arrays, resized = fit_to_size(arrays, model, to_pair(size) if size is not None else None)
+    lines += [f"resized: {what}" for what in resized]
+    if config.task == "finetune":  # no output depends on the classes yet
+        model.head.weight.set_data(initializer(TruncatedNormal(2e-5), model.head.weight.shape).init_data())
+    report = load_weights(model, arrays, FRESH + DROPPED)
+    return [f"encoder of {checkpoint.path}, step {checkpoint.step}: {report}", *lines]
+
+
+def draw_fresh(model: Classifier) -> None:
+    """The authors' start from nothing: N(0, 0.02), cut at two deviations, for every matrix."""
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, Linear):
+            shape = cell.weight.shape
+            cell.weight.set_data(initializer(TruncatedNormal(0.02), shape, ms.float32).init_data())

@@ -1,0 +1,60 @@
+"""The task of pre-training: images with masks, and codebook ids where they are the target."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from localmim.config import Config
+from localmim.data.pipeline import Batch
+from localmim.data.sources import open_source
+from localmim.errors import UserError
+from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
+from localmim.training.build import build_masking, build_model, build_tokenizer
+from localmim.training.optimizer import Group, pretraining_groups
+from localmim.training.task import Task
+
+
+class Pretraining(Task):
+    """Masked image modelling.
+
+    Raises:
+        UserError: Something in the config does not fit.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.model = self.network = build_model(config)
+        self.loss_parts = len(self.model.decoders)
+        self.masking = build_masking(config, self.model)
+        encoder = self.model.encoder
+        self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
+        self.tokenizer = build_tokenizer(config, self.model)
+        if isinstance(self.tokenizer, StoredIds):
+            require_fixed_crops(config.data, encoder.image_size)
+            self.tokenizer.check(self.source)
+        self.codebook = fingerprint(config.target.codebook) if self.tokenizer is not None else None
+
+    def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
+        """Images, mask arrays, codebook ids if any."""
+        ids = () if self.tokenizer is None else self.tokenizer(part.images, part.ids)
+        return (part.images, *self.masking(epoch, part.ids).arrays(), *ids)
+
+    def groups(self) -> dict[str, Group]:
+        """The full rate for all; the encoder says what does not decay."""
+        trainable = {n: p for n, p in self.model.parameters_and_names() if p.requires_grad}
+        return pretraining_groups(trainable, self.model.encoder.no_decay)
+
+    def introduction(self) -> list[str]:
+        encoder = self.model.encoder
+        h, w = encoder.mask_grid
+        lines = [f"{h}x{w} squares of {encoder.mask_unit} px, {self.masking.keep} visible"]
+        if encoder.idle():
+            lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
+        return lines
+
+    def state(self) -> dict:
+        return {"codebook": self.codebook}
+
+    def check_state(self, state: dict) -> None:
+        if state.get("codebook") != self.codebook:
+            raise UserError(f"target.codebook is not the one that the run in {self.config.output_dir} began with")

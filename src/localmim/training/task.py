@@ -1,0 +1,71 @@
+"""What a run trains: the part of it that differs from task to task. The loop (training/loop.py) does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from mindspore import nn
+
+from localmim.config import Config
+from localmim.data.pipeline import Batch
+from localmim.data.sources import Source
+from localmim.training.optimizer import Group
+
+
+class Task(ABC):
+    """A model with its data.
+
+    Attributes:
+        config: The resolved recipe.
+        model: What a checkpoint holds; it has an `encoder`.
+        network: Inputs -> (loss, losses), what is differentiated.
+        source: Training images.
+        loss_parts: How many of `losses` are written down beside the loss.
+        classes: Names of the classes; empty: none.
+    """
+
+    config: Config
+    model: nn.Cell
+    network: nn.Cell
+    source: Source
+    loss_parts: int = 0
+    classes: Sequence[str] = ()
+
+    @abstractmethod
+    def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
+        """The network's inputs for a forward pass.
+
+        Args:
+            part: Images of it.
+            draw: Number of the forward pass in the run, for what is random by batch.
+        """
+
+    @abstractmethod
+    def groups(self) -> dict[str, Group]:
+        """How each trainable parameter is trained, by name."""
+
+    @abstractmethod
+    def introduction(self) -> list[str]:
+        """What is special about this task, in lines."""
+
+    def begin(self) -> list[str]:
+        """Weights of a new run, which a run that goes on does not need; returns what was done, in lines."""
+        return []
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, ready for JSON."""
+        return {}
+
+    def check_state(self, state: dict) -> None:
+        """UserError when a checkpoint's `state` is that of other files than this run's."""
+        return
+
+    def evaluation_is_due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
+        """Whether `evaluate` is wanted after a step."""
+        return False
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the model as it is."""
+        return {}
