@@ -92,15 +92,15 @@ def test_the_dump_names_the_layer_that_breaks(recipe, tmp_path):
 
     run = Run(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
     part = run.parts(next(run.pipeline.epoch(0)), 0)[0]
-    assert first_nonfinite(run.model, run.optimizer, part) is None
+    assert first_nonfinite(run.task.network, run.optimizer, part) is None
     weight = run.model.encoder.blocks[2].mlp.fc2.weight
     kept = weight.asnumpy()
     weight.set_data(weight * 1e38 * 1e3)
-    assert first_nonfinite(run.model, run.optimizer, part) == "weight encoder.blocks.2.mlp.fc2.weight"
+    assert first_nonfinite(run.task.network, run.optimizer, part) == "weight encoder.blocks.2.mlp.fc2.weight"
     from mindspore import Tensor
 
     weight.set_data(Tensor(np.full_like(kept, 3e38)))
-    assert first_nonfinite(run.model, run.optimizer, part) == "output of encoder.blocks.2"
+    assert first_nonfinite(run.task.network, run.optimizer, part) == "output of encoder.blocks.2"
 
 
 def test_introduction_shows_the_arithmetic(recipe, tmp_path):

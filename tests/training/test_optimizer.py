@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from localmim.training.optimizer import AdamW, decays
+from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage, decays
 
 SHAPES = {
     "encoder.blocks.0.attn.qkv.weight": (6, 4),
@@ -104,3 +104,62 @@ def test_incomplete_state_is_refused():
     del state["second.decoders.0.mask_token"]
     with pytest.raises(KeyError, match="mask_token"):
         optimizer.load_state(state)
+
+
+def test_layer_wise_rates():
+    """A group's share multiplies the whole scheduled rate, of the decay too, as separate learning rates would."""
+    scales = {n: 0.5**i for i, n in enumerate(SHAPES)}
+    ours = parameters(0)
+    optimizer = AdamW(ours, groups={n: Group(s, n in DECAYING) for n, s in scales.items()})
+    plain = {n: PlainAdamW({n: p.asnumpy()}, (0.9, 0.95), 1e-8, 0.05) for n, p in ours.items()}
+    for update, lr in enumerate((1e-2, 3e-2), start=1):
+        grads = gradients(update, 1)
+        optimizer(tuple(map(Tensor, grads)), *optimizer.scalars(lr, update))
+        for (name, one), g in zip(plain.items(), grads):
+            one.step([g], lr * scales[name])
+    for name, p in ours.items():
+        np.testing.assert_allclose(p.asnumpy(), plain[name].weights[name], atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.001], ids=["sgd", "lars"])
+def test_momentum_and_lars(trust):
+    """MAE's LARS in float64: matrices decay and are scaled to 0.001 of their norm, 1-D tensors are left alone."""
+    ours = parameters(0)
+    optimizer = Momentum(ours, 0.9, 0.1, trust)
+    weights = {n: p.asnumpy().astype(np.float64) for n, p in ours.items()}
+    velocity = {n: 0.0 for n in weights}
+    for update in (1, 2, 3):
+        grads = gradients(update, 1)
+        optimizer(tuple(map(Tensor, grads)), *optimizer.scalars(0.5, update))
+        for (name, w), g in zip(weights.items(), grads):
+            g = g + 0.1 * w if name in DECAYING else g.astype(np.float64)
+            if trust and w.ndim > 1:
+                g = g * trust * np.linalg.norm(w) / np.linalg.norm(g)
+            velocity[name] = 0.9 * velocity[name] + g
+            weights[name] = w - 0.5 * velocity[name]
+    for name, p in ours.items():
+        np.testing.assert_allclose(p.asnumpy(), weights[name], atol=2e-6, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(optimizer.state()[f"velocity.{name}"], velocity[name], atol=2e-6, err_msg=name)
+
+
+def test_lars_starts_from_a_zero_weight():
+    """A weight of norm 0 takes the plain step: its scaled one would be nothing, forever."""
+    name = "head.weight"
+    weight = {name: Parameter(Tensor(np.zeros((2, 3), np.float32)), name=name)}
+    optimizer = Momentum(weight, 0.9, 0.0, 0.001)
+    optimizer((Tensor(np.ones((2, 3), np.float32)),), *optimizer.scalars(0.5, 1))
+    np.testing.assert_allclose(weight[name].asnumpy(), -0.5)
+
+
+def test_weight_average():
+    """decay x average + (1 - decay) x weight at each call, from the weights that it began with."""
+    ours = parameters(0)
+    average = WeightAverage(ours, 0.75)
+    expected = {n: p.asnumpy() for n, p in ours.items()}
+    for seed in (1, 2):
+        for name, p in parameters(seed).items():
+            ours[name].set_data(Tensor(p.asnumpy()))
+            expected[name] = 0.75 * expected[name] + 0.25 * p.asnumpy()
+        average()
+    for name, value in average.state().items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=name)

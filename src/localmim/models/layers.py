@@ -197,6 +197,7 @@ class Attention(nn.Cell):
             raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
+        self.widen_bias = True  # False for ONNX, which widens by itself and cannot write an open batch size (export.py)
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.scores = ops.BatchMatMul(transpose_b=True)
@@ -219,7 +220,8 @@ class Attention(nn.Cell):
         scores = self.scores(q, k).astype(ms.float32)  # [B, nh, Q, N]
         if bias is not None:
             wide = scores.reshape(-1, *bias.shape)
-            scores = (wide + bias.broadcast_to(wide.shape)).reshape(scores.shape)
+            bias = bias.broadcast_to(wide.shape) if self.widen_bias else bias
+            scores = (wide + bias).reshape(scores.shape)
         weights = self.softmax(scores).astype(v.dtype)
         return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)
 

@@ -92,7 +92,8 @@ class SwinBlock(nn.Cell):
         qkv = self.attn.qkv(self.norm1(x))  # [B, N, 3D]
         if fill:
             row = self.attn.qkv.bias.astype(qkv.dtype).reshape(1, 1, -1)
-            qkv = ops.concat((qkv, row.broadcast_to((qkv.shape[0], 1, qkv.shape[2]))), 1)
+            ones = ops.ones_like(ops.stop_gradient(qkv[:, :1]))  # broadcast_to an open batch size has no form in ONNX
+            qkv = ops.concat((qkv, ones * row), 1)
         x = x + drop_path(self.attn(qkv, pairs, slots, place), drop, 0)
         return x + drop_path(self.mlp(self.norm2(x)), drop, 1)
 
@@ -275,7 +276,7 @@ class SwinTransformer(nn.Cell):
     def named_outputs(self, images: Tensor, *mask: Tensor):
         """Names and values along the way, for finding errors; not in a graph."""
         yield "embed", self.embed(images, *mask)
-        for i, x in enumerate(self.stage_outputs(images, *mask)):
+        for i, x in enumerate(self.stage_outputs(images, *mask) if mask else self.whole_stages(images)):
             yield f"layers.{i // 2}" + (".downsample" if i % 2 else ""), x
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:

@@ -90,7 +90,8 @@ class VisionTransformer(nn.Cell):
         else:
             x = self.patch_embed(images) + codes
         first = self.cls_token + self.pos_embed[:, :1]  # [1, 1, D]
-        return ops.concat((first.broadcast_to((x.shape[0], 1, self.embed_dim)), x), 1)
+        ones = ops.ones_like(images[:, 0, :1, :1])  # [B, 1, 1]: broadcast_to an open batch size has no form in ONNX
+        return ops.concat((ones * first, x), 1)
 
     def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
         """Normed tokens at each tap, class token first: a list of [B, 1+K, D]. Blocks above the last tap do not run.

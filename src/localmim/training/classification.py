@@ -41,6 +41,13 @@ class ClassificationLoss(nn.Cell):
         loss = self.cross_entropy(self.model(images, drop).astype(ms.float32), targets)
         return loss, loss.reshape(1)
 
+    def activations(self, images: Tensor, targets: Tensor, drop: Tensor | None = None):
+        """Names and values of what is computed on the way, in order: for finding errors, not in a graph."""
+        for name, x in self.model.encoder.named_outputs(images):
+            yield f"encoder.{name}", x
+        yield "features", self.model.features(images)
+        yield "logits", self.model(images)
+
 
 class Classification(Task):
     """Fine-tuning or linear probing.

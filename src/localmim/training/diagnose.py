@@ -7,18 +7,16 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
-from localmim.mim.model import MaskedImageModel
-from localmim.training.optimizer import AdamW
-from localmim.training.step import StepResult
+from localmim.training.step import Optimizer, StepResult
 
 
 def write_dump(
     output: Path,
     step: int,
-    model: MaskedImageModel,
-    optimizer: AdamW,
+    network: nn.Cell,
+    optimizer: Optimizer,
     parts: list[tuple[np.ndarray, ...]],
     names: list[str],
     result: StepResult,
@@ -26,7 +24,8 @@ def write_dump(
     """Writes `nonfinite_step_N.json`, and the inputs beside it as .npz; returns the JSON file's path.
 
     Args:
-        parts: The model's inputs, a tuple for each forward pass of the step.
+        network: Inputs -> (loss, losses); `activations` of the same inputs names what is computed on the way.
+        parts: The network's inputs, a tuple for each forward pass of the step.
         names: The images of the step.
     """
     path = output / f"nonfinite_step_{step}.json"
@@ -34,7 +33,7 @@ def write_dump(
         "step": step,
         "loss": str(result.loss),
         "loss_scales": [str(x) for x in result.losses],
-        "layer": next((layer for part in parts if (layer := first_nonfinite(model, optimizer, part))), None),
+        "layer": next((layer for part in parts if (layer := first_nonfinite(network, optimizer, part))), None),
         "images": names,
     }
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -43,7 +42,7 @@ def write_dump(
     return path
 
 
-def first_nonfinite(model: MaskedImageModel, optimizer: AdamW, inputs: tuple[np.ndarray, ...]) -> str | None:
+def first_nonfinite(network: nn.Cell, optimizer: Optimizer, inputs: tuple[np.ndarray, ...]) -> str | None:
     """The first place on the way forward, then on the way back, that is not finite; None if all is finite here."""
     for name, parameter in zip(optimizer.names, optimizer.parameters):
         if not np.isfinite(parameter.asnumpy()).all():
@@ -54,12 +53,12 @@ def first_nonfinite(model: MaskedImageModel, optimizer: AdamW, inputs: tuple[np.
     mode = ms.get_context("mode")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        for name, value in model.activations(*tensors):
+        for name, value in network.activations(*tensors):
             if not np.isfinite(value.asnumpy()).all():
                 return f"output of {name}"
 
         def loss_of(*args):
-            return model(*args)[0]
+            return network(*args)[0]
 
         gradients = ms.value_and_grad(loss_of, None, optimizer.parameters)(*tensors)[1]
         backwards = list(zip(optimizer.names, gradients))[::-1]

@@ -37,7 +37,8 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
     checkpoint = read_checkpoint(path)
     saved = config_from_dict(checkpoint.config)
     arrays = checkpoint.weights()
-    same = checkpoint.classes == classes and saved.task == config.task
+    same = (saved.task, saved.model.num_classes) == (config.task, config.model.num_classes)
+    same = same and checkpoint.classes == classes
     if not same:
         arrays = {n: a for n, a in arrays.items() if not n.startswith(("norm.", "head."))}
     lines = []

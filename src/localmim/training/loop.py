@@ -186,7 +186,7 @@ class Run:
             self.bad_in_a_row += 1
             if self.bad_in_a_row == self.config.max_bad_steps:
                 names = [self.source.name(int(i)) for i in batch.ids]
-                path = write_dump(self.output, self.step, self.model, self.optimizer, parts, names, result)
+                path = write_dump(self.output, self.step, self.task.network, self.optimizer, parts, names, result)
                 raise RunError(
                     f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient; step, images and layer "
                     f"are in {path}; the newest checkpoint is from before"
