@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,15 +20,19 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from localmim.convert.load import load_weights
-from localmim.convert.names import from_torch, torch_name
+from localmim.convert.names import classifier_from_torch, classifier_torch_name, from_torch, torch_name
+from localmim.data.mix import Mix
 from localmim.mim.cells import rows_to_grid
 from localmim.mim.hog import Hog
 from localmim.mim.localmim import localmim_swin, localmim_vit
 from localmim.mim.masking import mask_from_noise, mask_from_shuffle
 from localmim.mim.unit_masking import UnitMasking
+from localmim.models.classifier import swin_classifier, vit_classifier
 from localmim.models.layers import sincos_position_code
+from localmim.models.resize import resize_position_code
 from localmim.models.swin import SwinTransformer
 from localmim.models.windows import pack
+from localmim.training.classification import ClassificationLoss
 from localmim.training.schedule import WarmupCosine
 from plain import Gradients
 
@@ -347,14 +352,108 @@ def swin_grouping_case(z, config, compare) -> None:
 
 
 def misc_case(z, config, compare) -> None:
-    """Sine-cosine codes and learning-rate schedules."""
+    """Sine-cosine codes, a resized position code, and learning-rate schedules."""
     for dim, grid in config["sincos"]:
         code = np.concatenate([np.zeros((1, dim), np.float32), sincos_position_code(dim, (grid, grid))])
         compare.check(f"sincos/d{dim}_g{grid}_cls", code, z[f"sincos/d{dim}_g{grid}_cls"], 1e-6)
+    code, resized = z["interp/in"], z["interp/out"]
+    grids = [(math.isqrt(a.shape[1] - 1),) * 2 for a in (code, resized)]
+    compare.check("interp", resize_position_code(code, *grids), resized, 1e-5)
     for name, recipe in config["lr_recipes"].items():
         schedule = WarmupCosine(recipe["lr"], recipe["min_lr"], recipe["warmup_epochs"], recipe["epochs"], 10**6)
         ours = [schedule.at(e * 10**6) for e in z[f"lr/{name}/epoch"]]
         compare.check(f"lr/{name}", ours, z[f"lr/{name}/lr"], 1e-9)
+
+
+class ClassifierProbe(nn.Cell):
+    """The training loss of a classifier, and as auxiliary outputs its blocks or stages, features and logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.loss = ClassificationLoss(model)
+        self.pyramid = isinstance(model.encoder, SwinTransformer)
+
+    def construct(self, images, targets):
+        model = self.model
+        outputs = model.encoder.whole_stages(images) if self.pyramid else model.encoder.block_outputs(images)
+        loss, _ = self.loss(images, targets)
+        return loss, outputs, model.norm(model.features(images)), model(images)
+
+
+class ClassifierReplay:
+    """A golden classifier with its weights, run once on its soft targets."""
+
+    def __init__(self, z, config, model):
+        self.z, self.config, self.model, self.images = z, config, model, z["input"]
+        names = [n for n, _ in model.parameters_and_names()]
+        state = {k[len("param/") :]: z[k] for k in z.files if k.startswith("param/")}
+        load_weights(model, classifier_from_torch(state, names, model.pool))
+        trainable = {n: p for n, p in model.parameters_and_names() if p.requires_grad}
+        run = Gradients(ClassifierProbe(model), None, ms.ParameterTuple(trainable.values()))
+        (self.loss, self.outputs, self.features, self.logits), gradients = run(
+            Tensor(self.images), Tensor(z["soft_target"])
+        )
+        pyramid = isinstance(model.encoder, SwinTransformer)
+        self.gradients = {
+            classifier_torch_name(n, model.pool, pyramid): g.asnumpy() for n, g in zip(trainable, gradients)
+        }
+
+    def check(self, compare) -> None:
+        """Everything behind the blocks: features, logits, both losses, gradients."""
+        z = self.z
+        compare.check("features", self.features.asnumpy(), z["features"], ACTIVATION)
+        compare.check("logits", self.logits.asnumpy(), z["logits"], ACTIVATION)
+        compare.check("loss_soft", self.loss.asnumpy(), z["loss_soft"], LOSS)
+        _, targets = Mix(self.model.num_classes, label_smoothing=0.1)(self.images, z["hard_target"], 0, 0)
+        loss, _ = ClassificationLoss(self.model)(Tensor(self.images), Tensor(targets))
+        compare.check("loss_hard_smooth0.1", loss.asnumpy(), z["loss_hard_smooth0.1"], LOSS)
+        for key in sorted(k for k in z.files if k.startswith("grad/")):
+            compare.check(key, self.gradients[key[len("grad/") :]], z[key], GRADIENT)
+        if "grad_global_norm" in z.files:
+            norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in self.gradients.values()))
+            compare.check("grad_global_norm", norm, z["grad_global_norm"], GRADIENT)
+
+
+def vit_cls_case(z, config, compare) -> None:
+    """Fine-tuning of a ViT: blocks, features, logits, losses and gradients."""
+    images = z["input"]
+    model = vit_classifier(
+        image_size=images.shape[2:],
+        patch_size=config["patch_size"],
+        in_chans=images.shape[1],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        mlp_ratio=config.get("mlp_ratio", 4.0),
+        num_classes=config["num_classes"],
+        pool="mean" if config.get("global_pool", True) else "token",
+    )
+    replay = ClassifierReplay(z, config, model)
+    for i, x in enumerate(replay.outputs):
+        compare.check(f"block/{i}", x.asnumpy(), z[f"block/{i}"], ACTIVATION)
+    replay.check(compare)
+
+
+def swin_cls_case(z, config, compare) -> None:
+    """Fine-tuning of a Swin, eps quirk on: stages after their merging, features, logits, losses and gradients."""
+    images = z["input"]
+    model = swin_classifier(
+        image_size=images.shape[2:],
+        patch_size=config["patch_size"],
+        in_chans=images.shape[1],
+        embed_dim=config["embed_dim"],
+        depths=config["depths"],
+        num_heads=config["num_heads"],
+        window_size=config["window_size"],
+        mlp_ratio=config.get("mlp_ratio", 4.0),
+        num_classes=config["num_classes"],
+        reference_quirks=True,
+    )
+    replay = ClassifierReplay(z, config, model)
+    for s in range(len(config["depths"])):
+        compare.check(f"stage/{s}", replay.outputs[2 * s + 1].asnumpy(), z[f"stage/{s}"], ACTIVATION)
+    replay.check(compare)
 
 
 CASES = {
@@ -362,6 +461,8 @@ CASES = {
     "vit_mim": vit_mim_case,
     "swin_mim": swin_mim_case,
     "swin_grouping": swin_grouping_case,
+    "vit_cls": vit_cls_case,
+    "swin_cls": swin_cls_case,
     "misc": misc_case,
 }
 

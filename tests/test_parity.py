@@ -25,7 +25,7 @@ def changed(path: Path, target: Path, **arrays: np.ndarray) -> str:
 @pytest.mark.parametrize(
     ("file", "values"),
     [
-        ("localmim_misc.npz", 8),
+        ("localmim_misc.npz", 9),
         ("localmim_hog_img64_nb9.npz", 8),
         ("localmim_hog_img64_nb18.npz", 8),
         ("localmim_vit_mim_img64.npz", 56),
@@ -33,6 +33,9 @@ def changed(path: Path, target: Path, **arrays: np.ndarray) -> str:
         ("localmim_vit_mim_img96.npz", 55),
         ("localmim_swin_mim_epsprobe.npz", 92),
         ("localmim_swin_grouping.npz", 232),
+        ("localmim_vit_cls_img64.npz", 14),
+        ("localmim_vit_cls_epsprobe.npz", 13),
+        ("localmim_swin_cls_epsprobe.npz", 13),
     ],
 )
 def test_equals_the_authors(capsys, file, values):

@@ -9,6 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+_UNIT = 4096.0
+
 
 class _Sum(nn.Cell):
     def __init__(self):
@@ -26,12 +28,13 @@ class Ranks(NamedTuple):
     world: int = 1
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum of everyone's `values`, the same on all: float64 [n], counts below 2^31 exact."""
+        """The sum of everyone's `values`, the same on all: float64 [n], whole numbers below 2^36 exact."""
         if self.world == 1:
             return values
-        whole = np.floor(values)  # a reduction in float32 would lose counts above 2^24
-        parts = _Sum()(Tensor(whole, ms.int32)).asnumpy(), _Sum()(Tensor(values - whole, ms.float32)).asnumpy()
-        return parts[0].astype(np.float64) + parts[1]
+        high = np.floor(values / _UNIT)  # CPUs reduce in float32, which alone would lose counts above 2^24
+        parts = np.stack([high, values - high * _UNIT])
+        high, low = _Sum()(Tensor(parts, ms.float32)).asnumpy().astype(np.float64)
+        return high * _UNIT + low
 
 
 def join() -> Ranks:

@@ -139,6 +139,7 @@ def export(
         UserError: Something given does not fit.
         RunError: The file could not be loaded, or computes something else; it is not kept.
     """
+    file_format = file_format.upper()
     if file_format not in SUFFIXES:
         raise UserError(f"--file-format is {file_format}, expected MINDIR, ONNX or AIR")
     if file_format == "AIR" and "Ascend" not in available_devices():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def load_weights(model: nn.Cell, arrays: dict[str, np.ndarray], allow: tuple[str
         allow: Shell patterns of names that may be missing or unexpected.
 
     Raises:
-        UserError: A name is missing, unexpected or of another shape, and not allowed.
+        UserError: A name is missing, unexpected or of another shape, and not allowed; says which may be meant.
     """
     parameters = dict(model.parameters_and_names())
     shared = sorted(parameters.keys() & arrays.keys())
@@ -54,8 +55,17 @@ def load_weights(model: nn.Cell, arrays: dict[str, np.ndarray], allow: tuple[str
     )
     refused = [n for n in report.missing + report.unexpected if not any(fnmatch.fnmatch(n, a) for a in allow)]
     if refused or misshaped:
-        raise UserError(f"these weights do not fit the model: {report}")
+        raise UserError(f"these weights do not fit the model: {report}{_near(report)}")
     for name in report.matched:
         parameter = parameters[name]
         parameter.set_data(Tensor(np.ascontiguousarray(arrays[name]), parameter.dtype))
     return report
+
+
+def _near(report: LoadReport) -> str:
+    """The first unexpected name that looks like a missing one, and that one; empty when there is none."""
+    for name in report.unexpected[:20]:
+        near = difflib.get_close_matches(name, report.missing, 1, cutoff=0.8)
+        if near:
+            return f" (is {name} meant as {near[0]}?)"
+    return ""

@@ -53,7 +53,7 @@ def evaluate(
     if average and not checkpoint.has_average:
         raise UserError(f"{checkpoint.path} holds no moving average of the weights: its recipe has no ema_decay")
     recipe = config_from_dict(merged(checkpoint.config, read_recipe(Path(config)) if config else {}))
-    if recipe.task == "pretrain":
+    if recipe.task == "pretrain" or recipe.model.num_classes == 0:
         result = neighbours_of(ckpt, recipe, data_dir, ranks, device)
         line = f"weighted 20-NN of frozen features: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
     else:
@@ -91,16 +91,16 @@ def accuracy_of(
 
 
 def neighbours_of(ckpt: str, recipe: Config, data_dir: str, ranks: Ranks, device: str) -> dict:
-    """Weighted 20-NN of a pre-training model."""
+    """Weighted 20-NN of a model without classes."""
     if ranks.world > 1:
-        raise UserError("k-NN of a pre-training model runs on one device")
+        raise UserError("k-NN of a model without classes runs on one device")
     if data_dir:
         train, val = (str(Path(data_dir) / part) for part in ("train", "val"))
     elif recipe.data.val_dir:
         train, val = recipe.data.dir, recipe.data.val_dir
     else:
         raise UserError(
-            "a pre-training model is evaluated by k-NN: give --data-dir with class folders in train/ and val/"
+            "a model without classes is evaluated by k-NN: give --data-dir with class folders in train/ and val/"
         )
     return neighbours(ckpt, train, val)
 

@@ -319,6 +319,23 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
+def write_weights(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
+    """A safetensors file alone, written aside and renamed.
+
+    Raises:
+        UserError: The disk does not take it.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(aside, _tensor_chunks(arrays, dict(header)))
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def weights_header(step: int, config: dict, classes: list[str] | None = None) -> dict[str, str]:
     """What a weights file says about itself."""
     header = {

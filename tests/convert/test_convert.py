@@ -1,0 +1,316 @@
+"""`python -m localmim.convert`: there and back bit for bit for every family, and refusals that leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+from torch_files import tensors, write_zip
+
+import localmim
+from localmim import cli
+from localmim.config import config_from_dict
+from localmim.convert import names
+from localmim.convert.__main__ import main
+from localmim.convert.load import weights_of
+from localmim.mim.model import MaskedImageModel
+from localmim.models.classifier import Classifier
+from localmim.training.build import build_model
+from localmim.training.checkpoint import weights_header
+from localmim.training.restore import restore
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SWIN = {"image_size": 64, "embed_dim": 8, "depths": [2, 2, 1], "num_heads": [1, 2, 2], "window_size": 4}
+
+
+def golden(file: str) -> dict[str, np.ndarray]:
+    """The authors' own weights of a tiny model."""
+    with np.load(GOLDEN / file) as z:
+        weights = {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")}
+    return {n: a.astype(np.int64) if a.dtype == np.int32 else a for n, a in weights.items()}
+
+
+def classifier(name: str, pool: str = "mean", **sizes) -> dict[str, np.ndarray]:
+    """Random weights of a classifier, by the authors' names."""
+    model = localmim.create_model(name, pool=pool, **sizes)
+    rng = np.random.default_rng(0)
+    ours = {n: rng.normal(size=a.shape).astype(np.float32) for n, a in weights_of(model).items()}
+    return names.classifier_to_torch(ours, pool, getattr(model.encoder, "stages", ()))
+
+
+def swin_pretraining() -> dict[str, np.ndarray]:
+    """With the index buffers, which the golden file leaves out."""
+    theirs = golden("localmim_swin_mim_epsprobe.npz")
+    tables = {n: a for n, a in theirs.items() if n.endswith("bias_table")}
+    index = names.to_torch(tables, [], hog=False)
+    return {**theirs, **{n: a for n, a in index.items() if n not in tables}}
+
+
+FAMILIES = {
+    "vit": (lambda: golden("localmim_vit_mim_img64.npz"), ["--num-heads", "4", "--decoder-heads", "4"]),
+    "swin": (swin_pretraining, []),
+    "vit_mean": (lambda: classifier("vit_base_patch16_224", num_classes=5, **VIT), ["--num-heads", "2"]),
+    "vit_token": (lambda: classifier("vit_base_patch16_224", "token", num_classes=5, **VIT), ["--num-heads", "2"]),
+    "vit_encoder": (lambda: classifier("vit_base_patch16_224", **VIT), ["--num-heads", "2"]),
+    "swin_mean": (lambda: classifier("swin_base_patch4_window7_224", num_classes=5, **SWIN), []),
+    "swin_official": (
+        lambda: classifier("swin_base_patch4_window7_224", "normed_mean", num_classes=5, **SWIN),
+        ["--pool", "normed_mean"],
+    ),
+    "swin_encoder": (lambda: classifier("swin_base_patch4_window7_224", **SWIN), []),
+}
+
+
+def run(*argv) -> int:
+    """The command's exit code."""
+    return cli.run(main, [str(a) for a in argv])
+
+
+def same(found: dict, expected: dict) -> None:
+    """Equal names, types and bits."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(tmp_path, family):
+    """PyTorch's file, ours, PyTorch's again, ours again: nothing is lost or rounded, constants included."""
+    make, options = FAMILIES[family]
+    theirs = make()
+    src = write_zip(tmp_path / "a.pth", {"model": tensors(theirs), "epoch": 3})
+    ours, back, again = (tmp_path / f"{n}.safetensors" for n in ("ours", "back", "again"))
+    assert run("from-torch", "--src", src, "--out", ours, *options) == 0
+    assert run("to-torch", "--ckpt", ours, "--out", back) == 0
+    same(load_file(back), theirs)
+    assert run("from-torch", "--src", back, "--out", again, *options) == 0
+    assert ours.read_bytes() == again.read_bytes()
+    config, model, step = restore(str(ours))
+    assert step == 0 and config.task == ("pretrain" if family in ("vit", "swin") else "finetune")
+    assert isinstance(model, MaskedImageModel if family in ("vit", "swin") else Classifier)
+    assert getattr(model, "pool", "") in ("", "token" if "token" in family else "mean", "normed_mean")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_reads_timm_swin(tmp_path):
+    """Its spelling of mergings and head comes to the same weights as the official one."""
+    theirs = classifier("swin_base_patch4_window7_224", "normed_mean", num_classes=5, **SWIN)
+    timm = {}
+    for name, array in theirs.items():
+        for s in (1, 0):
+            name = name.replace(f"layers.{s}.downsample", f"layers.{s + 1}.downsample")
+        timm[name.replace("head.", "head.fc.")] = array
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(theirs, tmp_path / "official.safetensors")
+    src = write_zip(tmp_path / "timm.pth", tensors(timm))
+    assert run("from-torch", "--src", tmp_path / "official.safetensors", "--out", one, "--pool", "normed_mean") == 0
+    assert run("from-torch", "--src", src, "--out", two) == 0
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "vit_mean", "swin_mean"])
+def test_encoder(tmp_path, capsys, family):
+    """The same encoder straight from PyTorch's file and by way of ours; what it leaves behind is counted."""
+    make, options = FAMILIES[family]
+    theirs = make()
+    src = write_zip(tmp_path / "a.pth", tensors(theirs))
+    whole, direct, one, two = (tmp_path / f"{n}.safetensors" for n in ("whole", "direct", "one", "two"))
+    assert run("from-torch", "--src", src, "--out", whole, *options) == 0
+    assert run("to-torch", "--ckpt", whole, "--out", one, "--encoder-only") == 0
+    capsys.readouterr()
+    assert run("from-torch", "--src", src, "--out", direct, "--as", "encoder", *options[:2]) == 0
+    said = capsys.readouterr().out
+    assert run("to-torch", "--ckpt", direct, "--out", two) == 0
+    same(load_file(one), load_file(two))
+    plain = {n.removeprefix("encoder."): a for n, a in theirs.items()}
+    expected = {
+        n: a for n, a in plain.items() if not n.startswith(("norm.", "fc_norm.", "head.", "decoder.", "hog_enc."))
+    }
+    same({n: a for n, a in load_file(one).items() if n in plain or "attn_mask" not in n}, expected)
+    left = len(plain) - len(expected)
+    counts = [int(line.split()[0]) for line in said.splitlines() if "left behind" in line]
+    assert sum(counts) == left > 0
+    assert restore(str(direct))[1].num_classes == 0
+
+
+def test_permuted_merging(tmp_path):
+    """The published order is kept unless it is asked for, both ways to an encoder alike (Q3)."""
+    src = write_zip(tmp_path / "a.pth", tensors(swin_pretraining()))
+    whole, direct, one, two, plain = (tmp_path / f"{n}.safetensors" for n in ("w", "d", "one", "two", "plain"))
+    permute = ("--merging", "permute")
+    assert run("from-torch", "--src", src, "--out", whole) == 0
+    assert run("to-torch", "--ckpt", whole, "--out", plain, "--encoder-only") == 0
+    assert run("to-torch", "--ckpt", whole, "--out", one, "--encoder-only", *permute) == 0
+    assert run("from-torch", "--src", src, "--out", direct, "--as", "encoder", *permute) == 0
+    assert run("to-torch", "--ckpt", direct, "--out", two) == 0
+    same(load_file(one), load_file(two))
+    before, after = load_file(plain), load_file(one)
+    changed = {n for n in before if not np.array_equal(before[n], after[n])}
+    assert changed and all("downsample" in n for n in changed)
+    assert not restore(str(direct))[0].reference_quirks
+
+
+def test_mae(tmp_path, capsys):
+    """Pre-training with its decoder becomes an encoder; decoder, mask token and norm are named."""
+    theirs = classifier("vit_base_patch16_224", **VIT)
+    rest = {"mask_token": np.ones((1, 1, 8), np.float32), "decoder_embed.weight": np.ones((8, 16), np.float32)}
+    rest.update({"norm.weight": np.ones(16, np.float32), "norm.bias": np.ones(16, np.float32)})
+    src = write_zip(tmp_path / "a.pth", {"model": tensors({**theirs, **rest})})
+    out, back = tmp_path / "out.safetensors", tmp_path / "back.safetensors"
+    assert run("from-torch", "--src", src, "--out", out, "--num-heads", 2) == 0
+    said = capsys.readouterr().out
+    for line in ("2 left behind, norm.*", "1 left behind, mask_token", "1 left behind, decoder_*"):
+        assert line in said
+    assert run("to-torch", "--ckpt", out, "--out", back) == 0
+    same(load_file(back), theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"blocks.1.mlp.fc1.weight": "blocks.1.mlp.fc3.weight"},
+            "is blocks.1.mlp.fc3.weight meant as encoder.blocks.1.mlp.fc1",
+        ),
+        ({"head.bias": None}, "1 missing: head.bias"),
+        ({"gamma": np.ones(3)}, "1 unexpected: gamma"),
+        ({"fc_norm.weight": np.ones(3)}, r"1 misshaped: norm.gamma [3] for [16]"),
+        ({"encoder.cls_token": np.ones((1, 1, 16))}, "two tensors are encoder.cls_token"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, capsys, change, said):
+    """A renamed, lost, added or mis-shaped tensor: one line with its name, exit code 2, and no file."""
+    theirs = FAMILIES["vit_mean"][0]()
+    for name, to in change.items():
+        if isinstance(to, np.ndarray):
+            theirs[name] = to.astype(np.float32)
+        else:
+            array = theirs.pop(name)
+            theirs.update({to: array} if to else {})
+    src = write_zip(tmp_path / "a.pth", tensors(theirs))
+    assert run("from-torch", "--src", src, "--out", tmp_path / "o.safetensors", "--num-heads", 2) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_index_buffers_are_checked(tmp_path, capsys):
+    """Another order of relative positions would give each row of the bias table another meaning."""
+    theirs = FAMILIES["swin_mean"][0]()
+    name = next(n for n in theirs if n.endswith("index"))
+    theirs[name] = theirs[name].T
+    src = write_zip(tmp_path / "a.pth", tensors({n: np.ascontiguousarray(a) for n, a in theirs.items()}))
+    assert run("from-torch", "--src", src, "--out", tmp_path / "o.safetensors") == 2
+    assert f"{name} is not the official order" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_stays(tmp_path, capsys):
+    """An --out is replaced only when told; a name without .safetensors would be no weights file."""
+    src = write_zip(tmp_path / "a.pth", tensors(FAMILIES["vit_mean"][0]()))
+    out = tmp_path / "o.safetensors"
+    out.write_bytes(b"precious")
+    command = ("from-torch", "--src", src, "--num-heads", 2, "--out", out)
+    assert run(*command) == 2 and out.read_bytes() == b"precious"
+    assert "is there already" in capsys.readouterr().err
+    assert run(*command, "--overwrite", "true") == 0 and restore(str(out))
+    assert run("to-torch", "--ckpt", out, "--out", out) == 2
+    assert run("to-torch", "--ckpt", out, "--out", tmp_path / "o.pth") == 2
+    assert "ends in .safetensors" in capsys.readouterr().err
+
+
+def test_recipe(tmp_path, capsys):
+    """A recipe takes the place of what would be found: its task and sizes must be those of the weights."""
+    src = write_zip(tmp_path / "a.pth", tensors(FAMILIES["vit_mean"][0]()))
+    recipe, out = tmp_path / "r.yaml", tmp_path / "o.safetensors"
+    model = {"name": "vit_base_patch16_224", "num_classes": 5, "pool": "mean", **VIT, "num_heads": 4}
+    command = ("from-torch", "--src", src, "--out", out, "--config", recipe)
+    recipe.write_text(yaml.safe_dump({"task": "finetune", "seed": 7, "model": model}))
+    assert run(*command) == 0
+    config, restored, _ = restore(str(out))
+    assert config.seed == 7 and restored.encoder.blocks[0].attn.num_heads == 4
+    recipe.write_text(yaml.safe_dump({"task": "finetune", "model": {**model, "depth": 3}}))
+    assert run(*command, "--overwrite", "true") == 2
+    assert "12 missing: encoder.blocks.2" in capsys.readouterr().err
+    recipe.write_text(yaml.safe_dump({"task": "pretrain"}))
+    assert run(*command, "--overwrite", "true") == 2
+    assert "recipe of task pretrain, expected finetune" in capsys.readouterr().err
+    assert run(*command, "--num-heads", 2, "--overwrite", "true") == 2
+    assert "--config says all sizes" in capsys.readouterr().err
+
+
+def test_what_names_do_not_tell_comes_from_a_recipe(tmp_path, capsys):
+    """Decoders at some stages only, and a codebook's targets: refused with a hint, read with the run's own recipe."""
+    sizes = {"embed_dim": 8, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 2], "decoder_dim": 16, "decoder_heads": 2}
+    values = {
+        "task": "pretrain",
+        "model": {"name": "localmim_swin_base_patch4_window7_224", "taps": [1, 3], **sizes},
+        "target": {"kind": "codebook", "codebook": ["words.safetensors"], "vocab": 32},
+    }
+    config = config_from_dict(values)
+    weights = weights_of(build_model(config))
+    ckpt, theirs, out, recipe = (tmp_path / n for n in ("a.safetensors", "b.safetensors", "c.safetensors", "r.yaml"))
+    save_file(weights, ckpt, weights_header(5, config.as_dict()))
+    assert run("to-torch", "--ckpt", ckpt, "--out", theirs) == 0
+    assert "note: trained without reference_quirks" in capsys.readouterr().out
+    assert run("from-torch", "--src", theirs, "--out", out) == 2
+    assert "2 decoders for 4 stages: give the recipe" in capsys.readouterr().err
+    recipe.write_text(yaml.safe_dump(values))
+    assert run("from-torch", "--src", theirs, "--out", out, "--config", recipe) == 0
+    same(load_file(out), weights)
+
+
+def test_merging_only_where_there_is_one(tmp_path, capsys):
+    """Asked for where it means nothing it is an error, not ignored."""
+    src = write_zip(tmp_path / "a.pth", tensors(FAMILIES["swin_mean"][0]()))
+    out = tmp_path / "o.safetensors"
+    assert run("from-torch", "--src", src, "--out", out, "--as", "encoder", "--merging", "permute") == 2
+    assert run("from-torch", "--src", src, "--out", out) == 0
+    permute = ("--merging", "permute", "--encoder-only")
+    assert run("to-torch", "--ckpt", out, "--out", tmp_path / "p.safetensors", *permute) == 2
+    assert capsys.readouterr().err.count("error: merging permute is for") == 2
+
+
+def test_linear_probe(tmp_path, capsys):
+    """It has no counterpart; its encoder has."""
+    config = config_from_dict(
+        {"task": "linear_probe", "model": {"name": "vit_base_patch16_224", "num_classes": 5, **VIT}}
+    )
+    model = build_model(config)
+    ckpt, out = tmp_path / "probe.safetensors", tmp_path / "o.safetensors"
+    save_file(weights_of(model), ckpt, weights_header(9, config.as_dict()))
+    assert run("to-torch", "--ckpt", ckpt, "--out", out) == 2
+    assert "is a linear probe" in capsys.readouterr().err
+    assert run("to-torch", "--ckpt", ckpt, "--out", out, "--encoder-only") == 0
+    encoder = {n: a for n, a in weights_of(model).items() if n.startswith("encoder.")}
+    same(load_file(out), names.classifier_to_torch(encoder, "mean"))
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    """Exactly: the values do not change."""
+    theirs = {n: a.astype(np.float16) for n, a in FAMILIES["vit_mean"][0]().items()}
+    src = write_zip(tmp_path / "a.pth", tensors(theirs))
+    out, back = tmp_path / "o.safetensors", tmp_path / "b.safetensors"
+    assert run("from-torch", "--src", src, "--out", out, "--num-heads", 2) == 0
+    assert run("to-torch", "--ckpt", out, "--out", back) == 0
+    same(load_file(back), {n: a.astype(np.float32) for n, a in theirs.items()})
+
+
+def test_as_a_command(tmp_path):
+    """In a process of its own: a malicious file is exit code 2 and one line; nothing else is on stderr."""
+    mark = tmp_path / "was_run"
+    raw = (
+        b"\x80\x02cposix\nsystem\nX" + len(f"touch {mark}").to_bytes(4, "little") + f"touch {mark}".encode() + b"\x85R."
+    )
+    src = write_zip(tmp_path / "a.pth", raw=raw)
+    command = [sys.executable, "-m", "localmim.convert", "from-torch", "--src", str(src), "--out", "o.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "posix.system" in done.stderr and done.stderr.count("\n") == 1
+    assert not mark.exists() and os.listdir(tmp_path) == ["a.pth"]
