@@ -88,7 +88,6 @@ class DataConfig:
 class ClassificationConfig:
     """Training of a classifier: task finetune or linear_probe."""
 
-    init: str = ""  # run, checkpoint or weights file that the encoder comes from; empty: fresh weights
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of the mixing share's beta distribution; 0: no mixup
     cutmix: float = 0.0  # the same for cutmix
@@ -130,6 +129,7 @@ class Config:
 
     task: Literal["pretrain", "finetune", "linear_probe"] = "pretrain"
     output_dir: str = "outputs/run"  # checkpoints and logs; the same command goes on from what is there
+    init: str = ""  # a run, a checkpoint or a weights file to take the weights from; empty: fresh ones
     seed: int = 0
     device: Literal["auto", "CPU", "GPU", "Ascend"] = "auto"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"

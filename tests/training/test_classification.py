@@ -107,7 +107,7 @@ def test_encoder_of_a_vit(make):
     """Everything but norm and head comes from pre-training, at another image size with resized codes; head is tiny."""
     path, model = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", VIT)
     before = {n: p.asnumpy() for n, p in model.parameters_and_names()}
-    run = Run(make(classification={"init": path}, model={"image_size": 48}))
+    run = Run(make(init=path, model={"image_size": 48}))
     after = {n: p.asnumpy() for n, p in run.model.parameters_and_names()}
     shared = [n for n in after if n.startswith("encoder.") and n != "encoder.pos_embed"]
     assert all(np.array_equal(before[n], after[n]) for n in shared) and len(shared) == 4 + 7 * 12 - 1
@@ -126,7 +126,7 @@ def test_merging_of_a_swin(make, trained, now, permuted):
     """Q3: an encoder pre-trained with quirks is taken as it is with quirks, else put into the official order."""
     path, model = pretrained(make, "pre", "localmim_swin_tiny_patch4_window7_224", SWIN, reference_quirks=trained)
     before = {n: p.asnumpy() for n, p in model.parameters_and_names()}
-    swin = make(classification={"init": path}, reference_quirks=now)
+    swin = make(init=path, reference_quirks=now)
     swin.model = type(swin.model)(name="swin_tiny_patch4_window7_224", **SWIN)
     run = Run(swin)
     after = {n: p.asnumpy() for n, p in run.model.parameters_and_names()}
@@ -141,9 +141,9 @@ def test_a_classifier_of_the_same_classes_brings_its_head(make):
     first = make("first", max_steps=1)
     train(first)
     head = read_checkpoint(first.output_dir).weights()["head.weight"]
-    same = Run(make("same", classification={"init": first.output_dir}))
+    same = Run(make("same", init=first.output_dir))
     np.testing.assert_array_equal(same.model.head.weight.asnumpy(), head)
-    other = Run(make("other", classification={"init": first.output_dir}, model={"num_classes": 12}))
+    other = Run(make("other", init=first.output_dir, model={"num_classes": 12}))
     assert other.model.head.weight.shape == (12, 24)
     assert "4 missing: head.bias" in "\n".join(other.beginning)
 
@@ -151,9 +151,11 @@ def test_a_classifier_of_the_same_classes_brings_its_head(make):
 def test_linear_probe(make):
     """Only the head moves; the encoder stays bit for bit, and running statistics are in the checkpoint."""
     path, model = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", VIT)
-    plain = {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "init": path}
+    plain = {"mixup": 0, "cutmix": 0, "label_smoothing": 0}
     optimizer = {"kind": "lars", "lr": 1.0, "weight_decay": 0, "layer_decay": 1, "ema_decay": None}
-    config = make("probe", task="linear_probe", model={"drop_path": None}, classification=plain, optimizer=optimizer)
+    config = make(
+        "probe", task="linear_probe", init=path, model={"drop_path": None}, classification=plain, optimizer=optimizer
+    )
     train(config)
     weights = read_checkpoint(config.output_dir).weights()
     before = {n: p.asnumpy() for n, p in model.parameters_and_names()}
@@ -177,6 +179,26 @@ def test_nonfinite_steps_stop_with_the_layer(make):
     assert first_nonfinite(run.task.network, run.optimizer, part) is None
 
 
+def test_pretraining_goes_on_from_weights(make):
+    """A new run from another's weights, all of them; a Swin only with the same quirks, and never from a classifier."""
+    swin = "localmim_swin_tiny_patch4_window7_224"
+    path, model = pretrained(make, "pre", swin, SWIN, reference_quirks=True)
+    config = make("on", task="pretrain", init=path, seed=5, reference_quirks=True)
+    config.model = type(config.model)(name=swin, decoder_dim=16, decoder_heads=2, **SWIN)
+    run = Run(config)
+    before = {n: p.asnumpy() for n, p in model.parameters_and_names()}
+    assert equal(before, {n: p.asnumpy() for n, p in run.model.parameters_and_names()})
+    assert f"{len(before)} weights loaded" in run.beginning[0]
+    config.reference_quirks = False
+    with pytest.raises(UserError, match="was trained with reference_quirks true"):
+        Run(config)
+    classifier = make("first")
+    Run(classifier).save()
+    config.init = classifier.output_dir
+    with pytest.raises(UserError, match="is of task finetune"):
+        Run(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -184,8 +206,8 @@ def test_nonfinite_steps_stop_with_the_layer(make):
         ({"model": {"num_classes": 5}}, "model.num_classes is 5, but .* has 10 classes"),
         ({"model": {"pool": "token", "name": "swin_tiny_patch4_window7_224"}}, "unexpected keyword argument"),
         ({"batch_size": 7}, "batch_size is 7: mixup and cutmix mix pairs"),
-        ({"classification": {"init": "nowhere"}}, "nowhere does not exist"),
-        ({"task": "linear_probe", "model": {"drop_path": None}}, "classification.init is empty"),
+        ({"init": "nowhere"}, "nowhere does not exist"),
+        ({"task": "linear_probe", "model": {"drop_path": None}}, "init is empty"),
         ({"task": "pretrain", "model": {"drop_path": None}}, "is a classifier|unexpected keyword"),
         ({"optimizer": {"layer_decay": 0}}, "optimizer.layer_decay is 0"),
         ({"optimizer": {"ema_decay": 1}}, "optimizer.ema_decay is 1"),
@@ -213,9 +235,9 @@ def test_another_encoder_is_refused(make):
     """Sizes that differ are named, nothing is half loaded."""
     path, _ = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", VIT)
     with pytest.raises(UserError, match=r"do not fit the model.*misshaped: encoder\."):
-        Run(make(classification={"init": path}, model={"embed_dim": 32}))
+        Run(make(init=path, model={"embed_dim": 32}))
     with pytest.raises(UserError, match=r"do not fit the model.*missing: .*encoder\.blocks\.7"):
-        Run(make(classification={"init": path}, model={"depth": 8}))
+        Run(make(init=path, model={"depth": 8}))
 
 
 def test_every_recipe_can_be_read_and_built(make):
@@ -227,4 +249,4 @@ def test_every_recipe_can_be_read_and_built(make):
         config = load_config(["--config", str(path)])
         assert yaml.safe_load(path.read_text())
         assert config.task == path.parent.name, path
-        assert config.data.val_dir and config.classification.init, path
+        assert config.data.val_dir and config.init, path

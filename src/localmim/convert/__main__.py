@@ -2,7 +2,7 @@
 
 from-torch reads the authors' LocalMIM (pre-training and fine-tuning), MAE, timm's ViT and Swin and the official Swin,
 tells from names and shapes which it is, and writes a weights file that every command here reads (`--ckpt`, or
-`--classification.init` of a fine-tuning run). to-torch writes the authors' names back. Names and shapes must all fit;
+`--init` of a run). to-torch writes the authors' names back. Names and shapes must all fit;
 what a lone encoder leaves behind is listed.
 """
 

@@ -1,4 +1,4 @@
-"""The weights that a classifier starts from: a pre-training run's encoder, or another classifier."""
+"""The weights that a run starts from: another pre-training's, a pre-trained encoder, or another classifier's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from localmim.config import Config, config_from_dict
 from localmim.convert.encoder import reorder_merging
 from localmim.convert.load import load_weights
 from localmim.errors import UserError
+from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.models.layers import Linear, to_pair
 from localmim.models.resize import fit_to_size
@@ -16,6 +17,27 @@ from localmim.training.checkpoint import read_checkpoint
 
 FRESH = ("norm.*", "head.*")  # a classifier's own
 DROPPED = ("encoder.tap_norms.*", "decoders.*", "target.*")  # of pre-training alone
+
+
+def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
+    """Gives `model` all weights of another pre-training, published ones for example; returns what was done, in lines.
+
+    Raises:
+        UserError: The file is no checkpoint of pre-training, its model is another one, or its `reference_quirks` differ
+            on a Swin, where they decide what the weights compute.
+    """
+    if not config.init:
+        return []
+    checkpoint = read_checkpoint(config.init)
+    saved = config_from_dict(checkpoint.config)
+    if saved.task != "pretrain":
+        raise UserError(f"init: {checkpoint.path} is of task {saved.task}, pre-training goes on from pre-training only")
+    if hasattr(model.encoder, "layers") and saved.reference_quirks != config.reference_quirks:
+        raise UserError(
+            f"init: {checkpoint.path} was trained with reference_quirks {str(saved.reference_quirks).lower()}: "
+            "set the same here"
+        )
+    return [f"weights of {checkpoint.path}, step {checkpoint.step}: {load_weights(model, checkpoint.weights())}"]
 
 
 def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -> list[str]:
@@ -28,12 +50,12 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
     Raises:
         UserError: The file is no checkpoint, or its encoder is another one.
     """
-    path = config.classification.init
+    path = config.init
     if not path:
         if config.task == "linear_probe":
-            raise UserError("classification.init is empty: a linear probe needs the encoder of a run or a weights file")
+            raise UserError("init is empty: a linear probe needs the encoder of a run or a weights file")
         draw_fresh(model)
-        return ["fresh weights: classification.init is empty"]
+        return ["fresh weights: init is empty"]
     checkpoint = read_checkpoint(path)
     saved = config_from_dict(checkpoint.config)
     arrays = checkpoint.weights()

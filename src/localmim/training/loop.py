@@ -43,7 +43,8 @@ CHECKPOINTS = "checkpoints"
 # What may differ when a run goes on: none of it changes what is computed, except how long.
 MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint"} | {
     *(f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")),
-    *(f"classification.{k}" for k in ("init", "eval_every")),  # where a run began; how often it is measured
+    "init",  # where a run began
+    "classification.eval_every",
     "data.val_dir",
     "target.codebook",  # its place; what is in it is checked
 }

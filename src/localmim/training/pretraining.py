@@ -10,6 +10,7 @@ from localmim.data.sources import open_source
 from localmim.errors import UserError
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.training.build import build_masking, build_model, build_tokenizer
+from localmim.training.initial import go_on_pretraining
 from localmim.training.optimizer import Group, pretraining_groups
 from localmim.training.task import Task
 
@@ -43,6 +44,9 @@ class Pretraining(Task):
         """The full rate for all; the encoder says what does not decay."""
         trainable = {n: p for n, p in self.model.parameters_and_names() if p.requires_grad}
         return pretraining_groups(trainable, self.model.encoder.no_decay)
+
+    def begin(self) -> list[str]:
+        return go_on_pretraining(self.model, self.config)
 
     def introduction(self) -> list[str]:
         encoder = self.model.encoder
