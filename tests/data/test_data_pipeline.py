@@ -12,11 +12,12 @@ import cv2
 import numpy as np
 import pytest
 from data_images import draw, jpeg
+from PIL import Image
 
 from localmim.config import DataConfig
 from localmim.data import ArraySource, TrainPipeline, eval_batches, open_source
 from localmim.data.augment import ERASE, RAND_AUGMENT, RandAugment, RandomErasing, generator, parse_policy
-from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
+from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, resize
 from localmim.errors import UserError
 
 SIZE = (24, 32)
@@ -307,8 +308,43 @@ def test_evaluation_crop():
     exact, wide = draw(0, 28, 28), draw(1, 64, 128)
     first, second = next(eval_batches(ArraySource([exact, wide]), config, (28, 28), 3, 2)).images
     np.testing.assert_allclose(first, exact.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
-    middle = cv2.resize(wide, (64, 32), interpolation=cv2.INTER_CUBIC)[2:30, 18:46]
+    middle = pillow(wide, (32, 64))[2:30, 18:46]
     np.testing.assert_allclose(second, middle.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
+
+
+def pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pillow's antialiased bicubic, channel by channel."""
+    channels = [Image.fromarray(c).resize(size[::-1], Image.Resampling.BICUBIC) for c in image.transpose(2, 0, 1)]
+    return np.stack([np.asarray(c) for c in channels], axis=2)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [(17, 40), (90, 61)])
+def test_resize_is_pillows(channels, size):
+    """Evaluation sees the pixels that torchvision and timm give, larger or smaller, for any number of channels."""
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, channels)).astype(np.uint8)
+    np.testing.assert_array_equal(resize(image, size), pillow(image, size))
+
+
+@pytest.mark.parametrize("size", [(17, 40), (90, 61), (50, 20)])
+def test_resize_of_float_images(size):
+    """The same pixels as for 8 bit, but for rounding and for what does not fit into 8 bits; any number of channels."""
+    image = np.random.default_rng(0).integers(60, 200, (50, 70, 5)).astype(np.uint8)
+    found = resize(image.astype(np.float32), size)
+    assert found.shape == (*size, 5) and found.dtype == np.float32
+    assert np.abs(np.clip(found, 0, 255) - pillow(image, size)).max() < 2
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_training_crops_are_pillows(interpolation):
+    """A crop of everything, resized: bicubic is Pillow's to the bit, with antialiasing, as the authors have it."""
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, 3)).astype(np.uint8)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "hflip": 0.0, "mean": [0.0] * 3, "std": [1 / 255] * 3}
+    config = DataConfig(interpolation=interpolation, workers=1, **whole)
+    source = ArraySource(np.stack([image] * 2))
+    batch = next(TrainPipeline(source, config, (32, 24), 3, 2, 0).epoch(0))
+    difference = np.abs(batch.images[0].transpose(1, 2, 0) - pillow(image, (32, 24))).max()
+    assert (difference < 1e-3) == (interpolation == "bicubic")
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-import cv2
 import mindspore.dataset as ds
 import numpy as np
 from mindspore.dataset import vision
@@ -38,6 +37,7 @@ log = logging.getLogger("localmim.data")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PILLOW = vision.Inter.PILCUBIC  # bicubic with antialiasing, Pillow's to the bit; MindData has it for 8 bit RGB alone
 INTERPOLATION = {"bicubic": vision.Inter.BICUBIC, "bilinear": vision.Inter.BILINEAR}
 EVAL_MARGIN = 256 / 224  # short side after resizing, in units of the crop
 
@@ -288,7 +288,8 @@ class TrainPipeline:
         """Bytes or (H, W, C) to normalised float32 (C, H, W), or (H, W) for encoded grey images: map after map."""
         crop_op = vision.RandomCropDecodeResize if self.source.encoded else vision.RandomResizedCrop
         scale, ratio = tuple(self.config.crop_scale), tuple(self.config.crop_ratio)
-        crop = [crop_op(self.image_size, scale, ratio, INTERPOLATION[self.config.interpolation])]
+        pillow = self.config.interpolation == "bicubic" and self.source.eight_bit_rgb
+        crop = [crop_op(self.image_size, scale, ratio, PILLOW if pillow else INTERPOLATION[self.config.interpolation])]
         if self.config.hflip:
             crop.append(vision.RandomHorizontalFlip(self.config.hflip))
         if self.source.encoded and self.in_chans == 1:
@@ -310,7 +311,7 @@ def eval_batches(
     batch_size: int,
     samples: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every image (or those of `samples`) once, in order: bicubic resize, centre crop, normalise.
+    """Every image (or those of `samples`) once, in order: resize, centre crop, normalise.
 
     The last batch may be short.
 
@@ -367,9 +368,31 @@ def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     scale = max(EVAL_MARGIN * height / image.shape[0], EVAL_MARGIN * width / image.shape[1])
     size = [max(low, round(side * scale)) for side, low in zip(image.shape[:2], (height, width))]
-    image = np.atleast_3d(cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC))
+    image = resize(image, (size[0], size[1]))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return image[top : top + height, left : left + width]
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, C) -> (*size, C) as Pillow's bicubic, which shrinks with antialiasing; 8 bit to the bit, or float."""
+    H, W, C = image.shape
+    if image.dtype != np.uint8:
+        rows = np.tensordot(bicubic_weights(H, size[0]), image, 1)  # [h, W, C]
+        return np.tensordot(bicubic_weights(W, size[1]), rows, (1, 1)).transpose(1, 0, 2)  # [w, h, C] -> [h, w, C]
+    threes = [np.minimum(np.arange(i, i + 3), C - 1) for i in range(0, C, 3)]
+    parts = [vision.Resize(size, PILLOW)(np.ascontiguousarray(image[..., three])) for three in threes]
+    return np.concatenate(parts, axis=2)[..., :C]
+
+
+@lru_cache(maxsize=256)
+def bicubic_weights(before: int, after: int) -> np.ndarray:
+    """What each of `before` pixels in a row gives to each of `after`, float32 [after, before]; a = -0.5."""
+    step = before / after
+    wide = max(step, 1.0)  # the kernel grows when the image shrinks
+    x = np.abs((np.arange(before) + 0.5) - (np.arange(after)[:, None] + 0.5) * step) / wide
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = np.where(x < 1, inner, np.where(x < 2, outer, 0))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def ordered_map(call: Callable, items: Iterable, threads: int) -> Iterator:

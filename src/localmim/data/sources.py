@@ -132,6 +132,11 @@ class Source(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def eight_bit_rgb(self) -> bool:
+        """Whether all images are 8 bit RGB where they are cropped; what MindData decodes is."""
+        return self.encoded
+
     @abstractmethod
     def __getitem__(self, i: int) -> np.ndarray:
         """Image i: bytes or array (see the module). UnreadableImage when that is impossible."""
@@ -243,6 +248,10 @@ class ArraySource(Source):
     """
 
     encoded = False
+
+    @property
+    def eight_bit_rgb(self) -> bool:
+        return getattr(self.images, "dtype", None) == np.uint8 and self.images.shape[-1] == 3
 
     def __init__(
         self,
