@@ -18,18 +18,12 @@ import numpy as np
 
 from localmim.convert.names import official_names
 from localmim.errors import UserError
+from localmim.models.sizes import SWIN, VIT
 
 Wanted = Literal["pretrain", "classifier", "encoder"]
 
-_VIT = {192: ("tiny", 12, 3), 384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16)}
-_SWIN = {  # width, blocks, window: name, heads
-    (96, (2, 2, 6, 2), 7): ("tiny_patch4_window7", (3, 6, 12, 24)),
-    (96, (2, 2, 18, 2), 7): ("small_patch4_window7", (3, 6, 12, 24)),
-    (128, (2, 2, 18, 2), 7): ("base_patch4_window7", (4, 8, 16, 32)),
-    (128, (2, 2, 18, 2), 14): ("base_patch4_window14", (4, 8, 16, 32)),
-    (192, (2, 2, 18, 2), 14): ("large_patch4_window14", (6, 12, 24, 48)),
-}
-_OTHER_SWIN = (128, (2, 2, 18, 2), 7)  # what a Swin of no registered size is told as a variation of
+_VIT = {sizes["embed_dim"]: name for name, sizes in VIT.items()}
+_SWIN = {(sizes["embed_dim"], sizes["depths"], sizes["window_size"]): name for name, sizes in SWIN.items()}
 _SCALE_OF_LAYERS = {"0134": 4.0, "01": 2.0, "0": 1.0, "1": 0.5}  # the layers with weights in a ViT decoder's head
 _OFFICIAL_EPS = 1e-5  # of LayerNorm in the official Swin and timm's
 
@@ -236,8 +230,8 @@ def _vit_sizes(arrays, given: Given) -> tuple[dict, str]:
             f"pos_embed holds {tokens} patches, which is no square: say how they lie with --image-size [H, W]"
         )
     size = side * patch if given.image_size is None else given.image_size
-    name, usual_depth, usual_heads = _VIT.get(dim, ("base", 12, None))
-    heads = given.num_heads or usual_heads or (dim // 64 if dim % 64 == 0 else None)
+    name = _VIT.get(dim, "vit_base_patch16_224")
+    heads = given.num_heads or (VIT[name]["num_heads"] if dim in _VIT else dim // 64 if dim % 64 == 0 else None)
     if heads is None:
         raise UserError(f"a ViT of width {dim} may have any number of heads: say how many with --num-heads")
     model = _different(
@@ -253,13 +247,11 @@ def _vit_sizes(arrays, given: Given) -> tuple[dict, str]:
             "image_size": 224,
             "patch_size": 16,
             "in_chans": 3,
-            "embed_dim": dim if usual_heads else 768,
-            "depth": usual_depth,
-            "num_heads": usual_heads or 12,
+            **VIT[name],
         },
     )
     text = f"{dim} wide, {depth} blocks, {heads} heads, patches of {patch}, {_pixels(size)}"
-    return {"name": f"vit_{name}_patch16_224", **model}, text
+    return {"name": name, **model}, text
 
 
 def _swin_sizes(arrays, given: Given, side: int | None) -> tuple[dict, str]:
@@ -277,8 +269,7 @@ def _swin_sizes(arrays, given: Given, side: int | None) -> tuple[dict, str]:
         side = math.isqrt(len(mask)) * windows[0] * patch
     size = given.image_size or side or windows[-1] * unit  # as published: the last stage is one window
     sizes = (dim, tuple(depths), windows[0])
-    base = sizes if sizes in _SWIN else _OTHER_SWIN
-    name, usual_heads = _SWIN[base]
+    name = _SWIN.get(sizes, "swin_base_patch4_window7_224")  # what another size is told as a variation of
     model = _different(
         {
             "image_size": size,
@@ -293,15 +284,12 @@ def _swin_sizes(arrays, given: Given, side: int | None) -> tuple[dict, str]:
             "image_size": 224,
             "patch_size": 4,
             "in_chans": 3,
-            "embed_dim": base[0],
-            "depths": list(base[1]),
-            "num_heads": list(usual_heads),
-            "window_size": base[2],
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in SWIN[name].items()},
         },
     )
     blocks = "-".join(map(str, depths))
     text = f"{dim} wide, {blocks} blocks, windows of {windows[0]}, patches of {patch}, {_pixels(size)}"
-    return {"name": f"swin_{name}_224", **model}, text
+    return {"name": name, **model}, text
 
 
 def _decoder_sizes(arrays, given: Given, dim: int, heads: int, first_half: bool = False) -> dict:

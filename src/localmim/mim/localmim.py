@@ -17,6 +17,7 @@ from localmim.mim.losses import cross_entropy, squared_error
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.targets import CodebookTarget, HogTarget, PixelTarget
 from localmim.models.registry import register
+from localmim.models.sizes import SWIN, VIT
 from localmim.models.swin import SwinTransformer
 from localmim.models.vit import VisionTransformer
 
@@ -197,56 +198,7 @@ def localmim_swin(
     return MaskedImageModel(encoder, decoders, targets, error)
 
 
-@register
-def localmim_vit_tiny_patch16_224(**kwargs) -> MaskedImageModel:
-    """ViT-T/16: 192 wide, 12 blocks, 3 heads. Not in the paper."""
-    return localmim_vit(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
-
-
-@register
-def localmim_vit_small_patch16_224(**kwargs) -> MaskedImageModel:
-    """ViT-S/16: 384 wide, 12 blocks, 6 heads."""
-    return localmim_vit(**{"embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
-
-
-@register
-def localmim_vit_base_patch16_224(**kwargs) -> MaskedImageModel:
-    """ViT-B/16: 768 wide, 12 blocks, 12 heads."""
-    return localmim_vit(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
-
-
-@register
-def localmim_vit_large_patch16_224(**kwargs) -> MaskedImageModel:
-    """ViT-L/16: 1024 wide, 24 blocks, 16 heads."""
-    return localmim_vit(**{"embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs})
-
-
-@register
-def localmim_swin_tiny_patch4_window7_224(**kwargs) -> MaskedImageModel:
-    """Swin-T: 96 wide, 2-2-6-2 blocks, windows of 7. Not in the paper."""
-    return localmim_swin(**{"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **kwargs})
-
-
-@register
-def localmim_swin_small_patch4_window7_224(**kwargs) -> MaskedImageModel:
-    """Swin-S: 96 wide, 2-2-18-2 blocks, windows of 7. Not in the paper."""
-    return localmim_swin(**{"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **kwargs})
-
-
-@register
-def localmim_swin_base_patch4_window7_224(**kwargs) -> MaskedImageModel:
-    """Swin-B: 128 wide, 2-2-18-2 blocks, windows of 7."""
-    return localmim_swin(**{"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs})
-
-
-@register
-def localmim_swin_base_patch4_window14_224(**kwargs) -> MaskedImageModel:
-    """Swin-B with windows of 14."""
-    return localmim_swin_base_patch4_window7_224(**{"window_size": 14, **kwargs})
-
-
-@register
-def localmim_swin_large_patch4_window14_224(**kwargs) -> MaskedImageModel:
-    """Swin-L: 192 wide, 2-2-18-2 blocks, windows of 14."""
-    sizes = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "window_size": 14}
-    return localmim_swin(**{**sizes, **kwargs})
+for _name, _sizes in VIT.items():
+    register(f"localmim_{_name}", localmim_vit, _sizes)
+for _name, _sizes in SWIN.items():
+    register(f"localmim_{_name}", localmim_swin, _sizes)

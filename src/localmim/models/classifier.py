@@ -14,7 +14,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 from localmim.models.layers import LayerNorm, Linear
-from localmim.models.registry import register_classifier
+from localmim.models.registry import register
+from localmim.models.sizes import SWIN, VIT
 from localmim.models.swin import SwinTransformer
 from localmim.models.vit import VisionTransformer
 
@@ -179,56 +180,7 @@ def swin_classifier(
     return Classifier(encoder, num_classes, pool, drop_path, norm_eps)
 
 
-@register_classifier
-def vit_tiny_patch16_224(**kwargs) -> Classifier:
-    """ViT-T/16: 192 wide, 12 blocks, 3 heads."""
-    return vit_classifier(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
-
-
-@register_classifier
-def vit_small_patch16_224(**kwargs) -> Classifier:
-    """ViT-S/16: 384 wide, 12 blocks, 6 heads."""
-    return vit_classifier(**{"embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
-
-
-@register_classifier
-def vit_base_patch16_224(**kwargs) -> Classifier:
-    """ViT-B/16: 768 wide, 12 blocks, 12 heads."""
-    return vit_classifier(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
-
-
-@register_classifier
-def vit_large_patch16_224(**kwargs) -> Classifier:
-    """ViT-L/16: 1024 wide, 24 blocks, 16 heads."""
-    return vit_classifier(**{"embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs})
-
-
-@register_classifier
-def swin_tiny_patch4_window7_224(**kwargs) -> Classifier:
-    """Swin-T: 96 wide, 2-2-6-2 blocks, windows of 7."""
-    return swin_classifier(**{"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **kwargs})
-
-
-@register_classifier
-def swin_small_patch4_window7_224(**kwargs) -> Classifier:
-    """Swin-S: 96 wide, 2-2-18-2 blocks, windows of 7."""
-    return swin_classifier(**{"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **kwargs})
-
-
-@register_classifier
-def swin_base_patch4_window7_224(**kwargs) -> Classifier:
-    """Swin-B: 128 wide, 2-2-18-2 blocks, windows of 7."""
-    return swin_classifier(**{"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs})
-
-
-@register_classifier
-def swin_base_patch4_window14_224(**kwargs) -> Classifier:
-    """Swin-B with windows of 14."""
-    return swin_base_patch4_window7_224(**{"window_size": 14, **kwargs})
-
-
-@register_classifier
-def swin_large_patch4_window14_224(**kwargs) -> Classifier:
-    """Swin-L: 192 wide, 2-2-18-2 blocks, windows of 14."""
-    sizes = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "window_size": 14}
-    return swin_classifier(**{**sizes, **kwargs})
+for _name, _sizes in VIT.items():
+    register(_name, vit_classifier, _sizes, classifies=True)
+for _name, _sizes in SWIN.items():
+    register(_name, swin_classifier, _sizes, classifies=True)

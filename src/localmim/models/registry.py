@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 from collections.abc import Callable
 
 from localmim.errors import UserError
@@ -12,28 +11,28 @@ from localmim.errors import UserError
 _MODELS: dict[str, Callable] = {}
 
 
-def register(factory: Callable, classifies: bool = False) -> Callable:
-    """Decorator: makes `factory(**kwargs)` known under its own name, here and in mindcv.
+def register(name: str, factory: Callable, sizes: dict, classifies: bool = False) -> None:
+    """Makes `factory(**sizes)` known as `name`, here and in mindcv; keyword arguments of a caller go before `sizes`.
 
     Args:
         classifies: Whether it takes `num_classes`, which mindcv passes to every model.
     """
-    from mindcv.models.registry import register_model
 
-    @functools.wraps(factory)
+    def build(**kwargs):
+        return factory(**{**sizes, **kwargs})
+
     def for_mindcv(pretrained: bool = False, num_classes: int = 0, in_channels: int = 3, **kwargs):
         """The same model with the arguments that mindcv passes."""
         if pretrained:
-            raise UserError(f"model {factory.__name__}: there are no published weights to load")
+            raise UserError(f"model {name}: there are no published weights to load")
         classes = {"num_classes": num_classes} if classifies else {}
-        return create_model(factory.__name__, **{"in_chans": in_channels, **classes, **kwargs})
+        return create_model(name, **{"in_chans": in_channels, **classes, **kwargs})
 
-    _MODELS[factory.__name__] = factory
+    _MODELS[name] = build
+    from mindcv.models.registry import register_model
+
+    for_mindcv.__name__ = name
     register_model(for_mindcv)
-    return factory
-
-
-register_classifier = functools.partial(register, classifies=True)
 
 
 def list_models(pattern: str = "*") -> list[str]:
