@@ -34,7 +34,6 @@ def changed(path: Path, target: Path, **arrays: np.ndarray) -> str:
         ("localmim_swin_mim_epsprobe.npz", 92),
         ("localmim_swin_grouping.npz", 232),
         ("localmim_vit_cls_img64.npz", 14),
-        ("localmim_vit_cls_epsprobe.npz", 13),
         ("localmim_swin_cls_epsprobe.npz", 13),
     ],
 )

@@ -74,7 +74,7 @@ class DataConfig:
     workers: int = 0  # threads that decode and crop; 0: one a core, at most 8
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, share of the image
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width by height of the random crop
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of the random crop and of RandAugment
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops; bilinear shrinks without antialiasing
     hflip: float = 0.5  # probability of a mirror image
     rand_augment: str = ""  # RandAugment, for example m9-mstd0.5-inc1; empty: none
     erase: float = 0.0  # probability that a random rectangle is filled with noise
@@ -292,6 +292,14 @@ def check_ranges(config: Config) -> None:
     for key in ("mixup", "cutmix", "eval_every"):
         if getattr(config.classification, key) < 0:
             raise UserError(f"classification.{key} is {getattr(config.classification, key):g}, expected at least 0")
+    if config.task != "finetune" and config.optimizer.layer_decay != 1:
+        raise UserError(f"optimizer.layer_decay is for task finetune, this is {config.task}")
+    if config.task == "linear_probe" and config.model.drop_path:
+        raise UserError("model.drop_path is for task finetune: a linear probe's encoder is frozen")
+    if config.task != "pretrain" and config.model.isolated_gradients:
+        raise UserError(f"model.isolated_gradients is for task pretrain, this is {config.task}")
+    if config.task == "pretrain" and config.classification != ClassificationConfig():
+        raise UserError("classification is for the tasks finetune and linear_probe, this is pretrain")
     if not 0 < config.optimizer.layer_decay <= 1:
         raise UserError(f"optimizer.layer_decay is {config.optimizer.layer_decay:g}, expected more than 0, at most 1")
     if not 0 <= config.optimizer.momentum < 1:

@@ -125,7 +125,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def top_classes(probabilities: np.ndarray, classes: list[str] | None, top: int) -> str:
     """The `top` most probable of [classes], for people: "gear 71.2 %, mug 20.0 %"."""
     order = np.argsort(-probabilities, kind="stable")[:top]
-    return ", ".join(f"{classes[k] if classes else f'class {k}'} {100 * probabilities[k]:.1f} %" for k in order)
+    names = [classes[k] if k < len(classes or ()) else f"class {k}" for k in order]
+    return ", ".join(f"{name} {100 * probabilities[k]:.1f} %" for name, k in zip(names, order))
 
 
 def predict(

@@ -102,3 +102,11 @@ def test_classes_are_matched_by_name():
     assert accuracy(Grey(4), shown, CONFIG, numbers=numbers, bar=False)["top1"] == 100
     with pytest.raises(UserError, match="val has the class 'b'"):
         class_numbers(source, ["a", "d"], "val")
+
+
+def test_a_list_has_numbers_for_classes():
+    """A flat folder with a list of numbers fits a classifier of named folders by the folders' order."""
+    listed = ArraySource(grey_images([2, 0]), [2, 0], ["0", "1", "2"])
+    assert class_numbers(listed, ["ant", "bee", "cat", "dog"], "val.txt").tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"val\.txt has the class '0'"):
+        class_numbers(listed, ["ant", "bee"], "val.txt")

@@ -57,6 +57,8 @@ def test_a_classifier_by_its_own_recipe(folder, tmp_path):
     assert (tmp_path / "copied.eval.json").is_file()
     average = evaluate(str(folder / "finetune"), average=True, out=str(tmp_path / "a.json"), device="CPU")
     assert average["loss"] == pytest.approx(result["loss"], rel=1e-5)  # at step 0 the average is the weights
+    evaluate(str(weights.with_name("average.safetensors")), device="CPU")
+    assert (folder / "finetune/eval_step_00000000_average.json").is_file()
 
 
 def test_another_image_size_by_config(folder, tmp_path):
@@ -75,6 +77,10 @@ def test_a_pretraining_model_by_neighbours(folder, tmp_path):
     assert result["task"] == "pretrain" and result["k"] == 20 and result["n_test"] == 30
     own = evaluate(str(folder / "pretrain"), out=out, device="CPU")
     assert own["top1"] == result["top1"]
+    recipe = tmp_path / "grey.yaml"  # a recipe's keys count here, too: other features, other neighbours
+    recipe.write_text("data: {mean: [0.9, 0.1, 0.5], std: [0.01, 5.0, 0.01]}\n")
+    other = evaluate(str(folder / "pretrain"), config=str(recipe), out=out, device="CPU")
+    assert (other["top1"], other["top5"]) != (own["top1"], own["top5"])
 
 
 def test_wrong_arguments(folder, tmp_path):

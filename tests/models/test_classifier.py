@@ -32,6 +32,14 @@ SWIN = (
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
 
 
+@pytest.fixture()
+def pynative():
+    """Without compiling: three small models, each run once."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
 def layer_norm(x, eps=1e-6):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
 
@@ -41,7 +49,7 @@ def logits_of(model, pooled):
 
 
 @pytest.mark.parametrize(("name", "sizes"), [VIT, SWIN], ids=["vit", "swin"])
-def test_pooling(name, sizes):
+def test_pooling(name, sizes, pynative):
     """Mean then norm, norm then mean, the class token: each by a line of numpy from the encoder's tokens."""
     for pool in ("mean", "normed_mean", "token"):
         if pool == "token" and name.startswith("swin"):

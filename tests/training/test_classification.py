@@ -47,6 +47,9 @@ def make(images, tmp_path):
     def make(output: str = "run", **changes):
         values = {**RECIPE, "output_dir": str(tmp_path / output)}
         values["data"] = {"dir": str(images / "train"), "val_dir": str(images / "val"), "workers": 1}
+        if changes.get("task") == "pretrain" and "optimizer" not in changes:
+            values.pop("classification")
+            changes["optimizer"] = {"layer_decay": 1, "ema_decay": None}
         for key, value in changes.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
         return config_from_dict(values)
@@ -69,7 +72,7 @@ def equal(a: dict, b: dict) -> bool:
 
 def test_a_run_that_goes_on_is_bit_for_bit(make):
     """Stopped in the middle of an epoch: mixing, stochastic depth, augmentation, moments and averages all go on."""
-    augmented = {"data": {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5, "segment_steps": 1}}
+    augmented = {"data": {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5, "segment_steps": 1, "val_dir": ""}}
     train(make("whole", **augmented))
     train(make("parts", max_steps=3, **augmented))
     train(make("parts", **augmented))
@@ -81,10 +84,6 @@ def test_a_run_that_goes_on_is_bit_for_bit(make):
     assert not np.array_equal(whole.average()["head.weight"], whole.weights()["head.weight"])
     assert whole.classes == sorted(whole.classes) and len(whole.classes) == 10
     assert whole.config["model"]["num_classes"] == 10
-    records = [json.loads(line) for line in (Path(make("whole").output_dir) / "metrics.jsonl").open()]
-    assert [r["step"] for r in records if "val_top1" in r] == [1, 2, 3, 4]
-    assert {"val_top1", "val_top5", "val_loss", "val_top1_average"} <= records[-1].keys()
-    assert "loss_scales" not in records[-1]
 
 
 def test_what_mixing_and_depth_do_to_the_inputs(make):
@@ -199,16 +198,67 @@ def test_pretraining_goes_on_from_weights(make):
         Run(config)
 
 
+def test_a_run_stopped_while_it_was_measured(make, monkeypatch):
+    """The step is saved before it is measured; the same command measures it first and ends as if nothing had been."""
+    plain = {"classification": {"eval_every": 1}, "checkpoint": {"every_epochs": 1, "every_steps": 0}}
+    train(make("whole", **plain))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate", lambda run: (_ for _ in ()).throw(UserError("too many unreadable images")))
+        with pytest.raises(UserError, match="too many"):
+            train(make("parts", **plain))
+    assert read_checkpoint(make("parts").output_dir).step == 2
+    train(make("parts", **plain))
+    times = {"time", "step_s", "images_per_s", "data_wait_s"}
+    whole, parts = (
+        [json.loads(line) for line in (Path(make(name).output_dir) / "metrics.jsonl").open()]
+        for name in ("whole", "parts")
+    )
+    assert [r["step"] for r in whole if "val_top1" in r] == [2, 4]
+    assert {"val_top5", "val_loss", "val_top1_average"} <= whole[-1].keys() and "loss_scales" not in whole[-1]
+    assert [{k: v for k, v in r.items() if k not in times} for r in whole] == [
+        {k: v for k, v in r.items() if k not in times} for r in parts
+    ]
+    whole, parts = (read_checkpoint(make(name).output_dir) for name in ("whole", "parts"))
+    assert equal(whole.weights(), parts.weights()) and whole.state["recorded"] and parts.state["recorded"]
+
+
+def test_what_shapes_do_not_tell(make):
+    """Another number of heads is refused; untrained blocks, another pooling and an unread init are said."""
+    path, _ = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", {**VIT, "scales": [2.0, 1.0]})
+    with pytest.raises(UserError, match=r"blocks\.0\.attn was trained with 2 heads, this recipe has 4"):
+        Run(make(init=path, model={"num_heads": 4}))
+    run = Run(make(init=path, model={"pool": "token"}))
+    assert "the top 2 of 7 blocks were not pre-trained" in "\n".join(run.beginning)
+    run.save()
+    again = Run(make("next", init=run.config.output_dir, model={"pool": "mean"}))
+    assert "pooling was token and is mean" in "\n".join(again.beginning)
+    unread = Run(make(init="elsewhere", model={"pool": "token"}))
+    assert "init 'elsewhere' is not read" in "\n".join(unread.beginning)
+
+
+def test_one_of_several_workers_is_refused(make, monkeypatch):
+    """Until training on several devices is there: each of them would write the same folder."""
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    with pytest.raises(UserError, match="runs on one device"):
+        train(make())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"model": {"isolated_gradients": True}}, "model.isolated_gradients is for task pretrain"),
+        ({"task": "linear_probe", "optimizer": {"layer_decay": 1}}, "model.drop_path is for task finetune"),
+        ({"task": "pretrain", "optimizer": {"layer_decay": 1}}, "classification is for the tasks finetune"),
+        ({"task": "linear_probe"}, "optimizer.layer_decay is for task finetune"),
         ({"model": {"name": "localmim_vit_tiny_patch16_224"}}, "unexpected keyword argument 'num_classes'"),
         ({"model": {"num_classes": 5}}, "model.num_classes is 5, but .* has 10 classes"),
         ({"model": {"pool": "token", "name": "swin_tiny_patch4_window7_224"}}, "unexpected keyword argument"),
         ({"batch_size": 7}, "batch_size is 7: mixup and cutmix mix pairs"),
         ({"init": "nowhere"}, "nowhere does not exist"),
-        ({"task": "linear_probe", "model": {"drop_path": None}}, "init is empty"),
-        ({"task": "pretrain", "model": {"drop_path": None}}, "is a classifier|unexpected keyword"),
+        (
+            {"task": "linear_probe", "model": {"drop_path": None}, "optimizer": {"layer_decay": 1}},
+            "init is empty",
+        ),
         ({"optimizer": {"layer_decay": 0}}, "optimizer.layer_decay is 0"),
         ({"optimizer": {"ema_decay": 1}}, "optimizer.ema_decay is 1"),
     ],

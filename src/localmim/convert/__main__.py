@@ -75,8 +75,9 @@ def from_torch(
         task = "pretrain" if wanted == "pretrain" else "finetune"
         if settings.task != task:
             raise UserError(f"{config} is a recipe of task {settings.task}, expected {task} for {wanted} weights")
-        if wanted == "encoder":
-            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, num_classes=0))
+        if wanted == "encoder" or (wanted == "classifier" and settings.model.num_classes is None):
+            classes = 0 if wanted == "encoder" else len(names.official_names(state.arrays)["head.weight"])
+            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, num_classes=classes))
     else:
         values, text = recipe(family, state.arrays, wanted, given, merging)
         settings = config_from_dict(values)

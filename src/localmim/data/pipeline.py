@@ -37,7 +37,7 @@ log = logging.getLogger("localmim.data")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PILLOW = vision.Inter.PILCUBIC  # bicubic with antialiasing, Pillow's to the bit; MindData has it for 8 bit RGB alone
+PILLOW = vision.Inter.PILCUBIC  # Pillow's antialiased bicubic, which MindData has for 8 bit RGB alone
 INTERPOLATION = {"bicubic": vision.Inter.BICUBIC, "bilinear": vision.Inter.BILINEAR}
 EVAL_MARGIN = 256 / 224  # short side after resizing, in units of the crop
 
@@ -315,8 +315,9 @@ def eval_batches(
 
     The last batch may be short.
 
-    The image is scaled so that it just covers 256/224 of the crop in both directions; one that has exactly the crop's
-    size already is taken as it is. Unreadable images are named in the log and left out of the batches.
+    The image is scaled so that it just covers 256/224 of the crop in both directions, the longer side cut off to whole
+    pixels, as torchvision and timm do; one that has exactly the crop's size already is taken as it is. Unreadable
+    images are named in the log and left out of the batches.
 
     Args:
         source, config: where images come from; `data` of the recipe.
@@ -367,14 +368,17 @@ def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     scale = max(EVAL_MARGIN * height / image.shape[0], EVAL_MARGIN * width / image.shape[1])
-    size = [max(low, round(side * scale)) for side, low in zip(image.shape[:2], (height, width))]
+    size = [max(low, int(side * scale + 1e-6)) for side, low in zip(image.shape[:2], (height, width))]
     image = resize(image, (size[0], size[1]))
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     return image[top : top + height, left : left + width]
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, C) -> (*size, C) as Pillow's bicubic, which shrinks with antialiasing; 8 bit to the bit, or float."""
+    """(H, W, C) -> (*size, C) as Pillow's bicubic, which shrinks with antialiasing; 8 bit to the bit, or float.
+
+    Rows first, then columns, as Pillow had it in the authors' time; today it begins with the side that shrinks more.
+    """
     H, W, C = image.shape
     if image.dtype != np.uint8:
         rows = np.tensordot(bicubic_weights(H, size[0]), image, 1)  # [h, W, C]

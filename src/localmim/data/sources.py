@@ -340,7 +340,7 @@ def _screened(record: np.ndarray) -> np.ndarray:
         return np.empty(0, np.uint8)
 
 
-def open_source(path: str, format: str = "auto", in_chans: int = 3) -> Source:
+def open_source(path: str, format: str = "auto", in_chans: int = 3, evaluation: bool = False) -> Source:
     """Opens what `data.dir` names.
 
     Args:
@@ -348,6 +348,7 @@ def open_source(path: str, format: str = "auto", in_chans: int = 3) -> Source:
             MindRecord shards (their folder or one file).
         format: auto, folder, list, cifar10, cifar100 or mindrecord.
         in_chans: channels that the model expects.
+        evaluation: of a CIFAR folder take the test part, not the training part.
 
     Raises:
         UserError: nothing there, or something else than expected.
@@ -371,7 +372,7 @@ def open_source(path: str, format: str = "auto", in_chans: int = 3) -> Source:
         return _open_list(where, in_chans)
     if format == "mindrecord":
         return _open_mindrecord(where)
-    return _open_cifar(where, format)
+    return _open_cifar(where, format, evaluation)
 
 
 def _detect(where: Path) -> str:
@@ -455,8 +456,8 @@ def _open_list(file: Path, in_chans: int) -> FileSource:
     return FileSource(file.parent, names, numbers, [str(k) for k in range(max(numbers) + 1)], in_chans)
 
 
-def _open_cifar(where: Path, format: str) -> ArraySource:
-    """The training part of a folder (its test part when that is all there is), or the one .bin file that is named."""
+def _open_cifar(where: Path, format: str, evaluation: bool) -> ArraySource:
+    """The training part of a folder (or its test part, also when that is all there is), or the .bin file named."""
     classes, meta = CIFAR_CLASSES[format]
     if where.is_file():
         files = [where]
@@ -466,7 +467,7 @@ def _open_cifar(where: Path, format: str) -> ArraySource:
         if present and len(present) < len(CIFAR_TRAIN[format]):
             absent = sorted(set(CIFAR_TRAIN[format]) - {file.name for file in present})
             raise UserError(f"data.dir: {where} lacks {', '.join(absent)} of {format}")
-        files = present or [test]
+        files = [test] if evaluation and test.is_file() else present or [test]
         if not files[0].is_file():
             raise UserError(f"data.dir: {where} has no {CIFAR_TRAIN[format][0]} or {test.name} of {format}")
     head = 1 if format == "cifar10" else 2  # label bytes of a record: CIFAR-100 has coarse, fine

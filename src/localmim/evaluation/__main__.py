@@ -21,8 +21,7 @@ from localmim.device import set_device
 from localmim.errors import UserError
 from localmim.evaluation.features import extract_features
 from localmim.evaluation.neighbours import neighbours
-from localmim.training.checkpoint import read_checkpoint
-from localmim.training.restore import restore
+from localmim.training.restore import restore, untrained_model
 
 
 def knn(
@@ -47,9 +46,10 @@ def knn(
     """
     set_device(device)
     folders = [str(Path(data_dir) / part) for part in ("train", "val")]
-    result = {"step": read_checkpoint(ckpt).step}
-    for name in ("untrained", "trained"):
-        result[name] = neighbours(ckpt, *folders, k, temperature, pool, untrained=name == "untrained")
+    config, trained, step = restore(ckpt)
+    result = {"step": step}
+    for name, model in (("untrained", untrained_model(config)), ("trained", trained)):
+        result[name] = neighbours(model, *folders, config.data, k=k, temperature=temperature, pool=pool, label=name)
     print(
         f"weighted {k}-NN on {result['trained']['n_test']} images, top-1: {result['trained']['top1']:.1f} % after "
         f"{result['step']} steps of training, {result['untrained']['top1']:.1f} % with the same network untrained"

@@ -14,12 +14,14 @@ from localmim.errors import UserError
 
 
 def class_numbers(source: Source, classes: list[str], path: str) -> np.ndarray:
-    """The classifier's number of each class of `source`: by name where names are known, else by order.
+    """The classifier's number of each class of `source`: by name; a list, which has numbers for names, by number.
 
     Raises:
         UserError: A class that the classifier does not know.
     """
     names = list(source.class_names) or [str(k) for k in range(int(source.labels.max()) + 1)]
+    if names == [str(k) for k in range(len(names))] and len(names) <= len(classes):
+        return np.arange(len(names))
     unknown = [name for name in names if name not in classes]
     if unknown:
         raise UserError(f"{path} has the class {unknown[0]!r}, which the classifier was not trained on")

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from mindspore import nn
+
 from localmim import cli
 from localmim.config import Config, config_from_dict, merged, read_recipe
 from localmim.convert.load import load_weights
@@ -18,7 +20,7 @@ from localmim.evaluation.neighbours import neighbours
 from localmim.models.layers import to_pair
 from localmim.models.resize import fit_to_size
 from localmim.training.build import build_model
-from localmim.training.checkpoint import Checkpoint, read_checkpoint
+from localmim.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from localmim.training.classification import labelled
 
 
@@ -54,7 +56,7 @@ def evaluate(
         raise UserError(f"{checkpoint.path} holds no moving average of the weights: its recipe has no ema_decay")
     recipe = config_from_dict(merged(checkpoint.config, read_recipe(Path(config)) if config else {}))
     if recipe.task == "pretrain" or recipe.model.num_classes == 0:
-        result = neighbours_of(ckpt, recipe, data_dir, ranks, device)
+        result = neighbours_of(checkpoint, recipe, data_dir, batch_size, average, ranks)
         line = f"weighted 20-NN of frozen features: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
     else:
         result = accuracy_of(checkpoint, recipe, data_dir, batch_size, average, ranks)
@@ -62,7 +64,7 @@ def evaluate(
     result |= {"ckpt": str(checkpoint.path), "step": checkpoint.step, "task": recipe.task, "model": recipe.model.name}
     result |= {"device": chosen, "devices": ranks.world}
     if ranks.rank == 0:
-        path = Path(out) if out else beside(checkpoint.path)
+        path = Path(out) if out else beside(checkpoint.path, "_average" if average else "")
         write_json(path, result)
         print(f"{line}; {path}")
     return result
@@ -75,12 +77,8 @@ def accuracy_of(
     path = data_dir or recipe.data.val_dir
     if not path:
         raise UserError("no images to evaluate on: give --data-dir, the recipe has no data.val_dir")
-    model = build_model(recipe)
-    weights = checkpoint.average() if average else checkpoint.weights()
-    size = checkpoint.config["model"].get("image_size")
-    load_weights(model, fit_to_size(weights, model, to_pair(size) if size is not None else None).arrays)
-    model.set_train(False)
-    source = open_source(path, recipe.data.format if not data_dir else "auto", model.encoder.in_chans)
+    model = model_of(checkpoint, recipe, average)
+    source = open_source(path, "auto" if data_dir else recipe.data.format, model.encoder.in_chans, evaluation=True)
     names = labelled(source, "--data-dir" if data_dir else "data.val_dir", path)
     classes = checkpoint.classes
     if not classes and len(names) != model.num_classes:
@@ -90,28 +88,41 @@ def accuracy_of(
     return {**result, "data_dir": path, "average": average}
 
 
-def neighbours_of(ckpt: str, recipe: Config, data_dir: str, ranks: Ranks, device: str) -> dict:
+def model_of(checkpoint: Checkpoint, recipe: Config, average: bool) -> nn.Cell:
+    """The recipe's model with the checkpoint's weights, resized if the recipe asks for another image size."""
+    model = build_model(recipe)
+    weights = checkpoint.average() if average else checkpoint.weights()
+    size = checkpoint.config["model"].get("image_size")
+    load_weights(model, fit_to_size(weights, model, to_pair(size) if size is not None else None).arrays)
+    return model.set_train(False)
+
+
+def neighbours_of(
+    checkpoint: Checkpoint, recipe: Config, data_dir: str, batch_size: int, average: bool, ranks: Ranks
+) -> dict:
     """Weighted 20-NN of a model without classes."""
     if ranks.world > 1:
         raise UserError("k-NN of a model without classes runs on one device")
     if data_dir:
-        train, val = (str(Path(data_dir) / part) for part in ("train", "val"))
+        folders, format = [str(Path(data_dir) / part) for part in ("train", "val")], "auto"
     elif recipe.data.val_dir:
-        train, val = recipe.data.dir, recipe.data.val_dir
+        folders, format = [recipe.data.dir, recipe.data.val_dir], recipe.data.format
     else:
         raise UserError(
             "a model without classes is evaluated by k-NN: give --data-dir with class folders in train/ and val/"
         )
-    return neighbours(ckpt, train, val)
+    model = model_of(checkpoint, recipe, average)
+    return {**neighbours(model, *folders, recipe.data, format, batch_size=batch_size), "average": average}
 
 
-def beside(path: Path) -> Path:
+def beside(path: Path, which: str) -> Path:
     """Where the result of a checkpoint goes: beside its run, or beside a weights file."""
     if path.suffix == ".safetensors" and not (path.parent / "manifest.json").exists():
         return path.with_suffix(".eval.json")
+    which = "_average" if path.name == AVERAGE else which
     folder = path if path.is_dir() else path.parent  # a step of a run's checkpoints/
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    return run / f"eval_{folder.name}.json"
+    return run / f"eval_{folder.name}{which}.json"
 
 
 def write_json(path: Path, result: dict) -> None:

@@ -60,6 +60,10 @@ class Classification(Task):
         in_chans = config.model.in_chans or 3
         self.source = open_source(config.data.dir, config.data.format, in_chans)
         self.classes = labelled(self.source, "data.dir", config.data.dir)
+        if len(self.classes) < 2:
+            raise UserError(
+                f"data.dir: {config.data.dir} has one class only, {self.classes[0]!r}: expected two or more"
+            )
         given = config.model.num_classes
         if given is None:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=len(self.classes)))
@@ -72,7 +76,7 @@ class Classification(Task):
         self.mix = self.mixing(config)
         self.val = None
         if config.data.val_dir:
-            self.val = open_source(config.data.val_dir, config.data.format, in_chans)
+            self.val = open_source(config.data.val_dir, config.data.format, in_chans, evaluation=True)
             labelled(self.val, "data.val_dir", config.data.val_dir)
             self.val_numbers = class_numbers(self.val, self.classes, config.data.val_dir)
 
@@ -127,11 +131,8 @@ def labelled(source: Source, key: str, path: str) -> list[str]:
     """The names of a source's classes.
 
     Raises:
-        UserError: Its images have no labels, or fewer than two classes.
+        UserError: Its images have no labels.
     """
     if len(source.labels) == 0 or (source.labels < 0).any():
         raise UserError(f"{key}: {path} has images without a class; expected class folders, or a list with labels")
-    names = list(source.class_names) or [str(k) for k in range(int(source.labels.max()) + 1)]
-    if len(names) < 2:
-        raise UserError(f"{key}: {path} has one class only, {names[0]!r}: a classifier needs at least two")
-    return names
+    return list(source.class_names) or [str(k) for k in range(int(source.labels.max()) + 1)]

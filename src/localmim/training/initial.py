@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+from mindspore import nn
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 from localmim.config import Config, config_from_dict
@@ -11,8 +12,9 @@ from localmim.convert.load import load_weights
 from localmim.errors import UserError
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
-from localmim.models.layers import Linear, to_pair
+from localmim.models.layers import Attention, LayerNorm, Linear, to_pair
 from localmim.models.resize import fit_to_size
+from localmim.training.build import build_model
 from localmim.training.checkpoint import read_checkpoint
 
 FRESH = ("norm.*", "head.*")  # a classifier's own
@@ -37,7 +39,33 @@ def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
             f"init: {checkpoint.path} was trained with reference_quirks {str(saved.reference_quirks).lower()}: "
             "set the same here"
         )
-    return [f"weights of {checkpoint.path}, step {checkpoint.step}: {load_weights(model, checkpoint.weights())}"]
+    lines = compare(build_model(saved), model)
+    return [
+        f"weights of {checkpoint.path}, step {checkpoint.step}: {load_weights(model, checkpoint.weights())}",
+        *lines,
+    ]
+
+
+def compare(before: nn.Cell, now: nn.Cell) -> list[str]:
+    """What shapes do not tell, where both models have the same cells; returns what differs, in lines.
+
+    Raises:
+        UserError: Attention has another number of heads, so the weights would compute something else.
+    """
+    there, norms = dict(before.cells_and_names()), []
+    for name, cell in now.cells_and_names():
+        other = there.get(name)
+        if isinstance(cell, Attention) and isinstance(other, Attention) and cell.num_heads != other.num_heads:
+            raise UserError(f"init: {name} was trained with {other.num_heads} heads, this recipe has {cell.num_heads}")
+        if isinstance(cell, LayerNorm) and isinstance(other, LayerNorm) and cell.core.eps != other.core.eps:
+            norms.append((other.core.eps, cell.core.eps))
+    lines = [f"{norms.count(pair)} norms had eps {pair[0]:g} and have {pair[1]:g}" for pair in dict.fromkeys(norms)]
+    pools = [getattr(model, "pool", None) for model in (before, now)]
+    if all(pools) and pools[0] != pools[1]:
+        lines.append(f"pooling was {pools[0]} and is {pools[1]}")
+    if hasattr(before, "decoders") and before.encoder.idle() and not hasattr(now, "decoders"):
+        lines.append(f"{before.encoder.idle()} were not pre-trained: they lay above the last tap")
+    return lines
 
 
 def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -> list[str]:
@@ -68,9 +96,13 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
     if permuted and hasattr(model.encoder, "layers"):
         arrays = {n: reorder_merging(n, a) for n, a in arrays.items()}
         lines.append("merging weights put into the official order (Q3)")
+    kept = saved.task != "pretrain" and saved.reference_quirks and not config.reference_quirks
+    if kept and hasattr(model.encoder, "layers"):
+        lines.append("merging weights taken as they are, from a classifier or encoder with reference_quirks (Q3)")
     size = saved.model.image_size
     arrays, resized = fit_to_size(arrays, model, to_pair(size) if size is not None else None)
     lines += [f"resized: {what}" for what in resized]
+    lines += compare(build_model(saved), model)
     if config.task == "finetune":  # no output depends on the classes yet
         model.head.weight.set_data(initializer(TruncatedNormal(2e-5), model.head.weight.shape).init_data())
     report = load_weights(model, arrays, FRESH + DROPPED)

@@ -93,6 +93,7 @@ class Run:
         # ---- Position: steps count finished optimizer steps, updates only those that were not skipped
         self.step = self.updates = self.skipped = self.bad_in_a_row = 0
         self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
+        self.recorded = True
         self.store = CheckpointStore(self.output / CHECKPOINTS, config.checkpoint.keep)
         newest = self.store.latest()
         self.beginning = self.task.begin() if newest is None else []
@@ -100,6 +101,11 @@ class Run:
             self.resume(newest)
         elif self.average is not None:
             self.average.start()
+
+    @property
+    def logged(self) -> int:
+        """The last step whose record is written."""
+        return self.step if self.recorded else self.step - 1
 
     # ---- Checkpoints
 
@@ -109,7 +115,10 @@ class Run:
         Raises:
             UserError: It belongs to a recipe that computes something else.
         """
-        refuse_other_recipe(config_from_dict(checkpoint.config).as_dict(), self.config.as_dict(), self.output)
+        saved = config_from_dict(checkpoint.config)
+        refuse_other_recipe(saved.as_dict(), self.config.as_dict(), self.output)
+        if saved.init != self.config.init:
+            self.beginning = [f"init {self.config.init!r} is not read: this run began with {saved.init!r}"]
         state = checkpoint.state
         self.task.check_state(state)
         load_weights(self.model, checkpoint.weights())
@@ -120,11 +129,17 @@ class Run:
         self.pipeline.load_state(state["data"])
         self.step, self.updates, self.skipped = state["step"], state["updates"], state["skipped"]
         self.bad_in_a_row, self.interval = state["bad_in_a_row"], state["interval"]
+        self.recorded = state.get("recorded", True)
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
+    def save(self, recorded: bool = True) -> Path:
+        """Writes a checkpoint of this moment.
+
+        Args:
+            recorded: Whether the step's record is written; if not, a run that goes on from here measures it first.
+        """
         state = {
             "step": self.step,
+            "recorded": recorded,
             "epoch": self.step // self.steps_per_epoch,
             "step_in_epoch": self.step % self.steps_per_epoch,
             "updates": self.updates,
@@ -222,15 +237,21 @@ def train(config: Config) -> None:
         UserError: A config, data set or output folder that does not fit.
         RunError: Stopped by a signal (after a checkpoint) or by non-finite steps.
     """
+    if int(os.environ.get("MS_WORKER_NUM", "1")) > 1:
+        raise UserError("training runs on one device so far, and this is one of several workers: start train.py alone")
     run = Run(config)
-    if run.step >= run.last_step:
-        print(f"{run.output} is complete: {run.step} steps are done")
+    if run.step >= run.last_step and run.recorded:
+        print("\n".join([*run.beginning, f"{run.output} is complete: {run.step} steps are done"]))
         return
     config = run.config
     write_config(run.output, config)
-    with stop_signals() as stop, RunLog(run.output, run.last_step, run.step) as log, warnings_to(log):
+    with stop_signals() as stop, RunLog(run.output, run.last_step, run.logged) as log, warnings_to(log):
         for line in introduction(run):
             log.message(line)
+        if not run.recorded:  # stopped while the last step was measured
+            log.log(run.step, **record(run, measure(run, log)))
+            log.sync()
+            path = run.save()
         waited = spent = 0.0
         steps = 0
         begin = time.perf_counter()
@@ -249,20 +270,15 @@ def train(config: Config) -> None:
                 measured = {}
                 last = run.step == run.last_step
                 if run.task.evaluation_is_due(run.step, run.steps_per_epoch, last):
-                    measured = run.evaluate()
-                    log.message(f"step {run.step}: " + ", ".join(f"{k} {v:.2f}" for k, v in measured.items()))
+                    if run.save_is_due():  # measuring takes a while, and may fail
+                        run.save(recorded=False)
+                    measured = measure(run, log)
                     begin = time.perf_counter()
                 if run.step % config.log_every == 0 or last or measured:
                     log.log(
                         run.step,
-                        epoch=run.step / run.steps_per_epoch,
-                        **run.interval_means(),
-                        lr=run.schedule.at(run.step - 1),
+                        **record(run, measured),
                         **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
-                        **({"loss_scale": run.scaler.scale} if run.scaler.enabled else {}),
-                        **measured,
-                        skipped=run.skipped,
-                        bad_images=len(run.pipeline.bad.ids),
                         images_per_s=steps * run.effective_batch / spent,
                         step_s=spent / steps,
                         data_wait_s=waited / steps,
@@ -279,6 +295,26 @@ def train(config: Config) -> None:
                 if run.step == run.last_step:
                     log.message(f"done: {run.step} steps, {run.skipped} skipped; {path}")
                     return
+
+
+def measure(run: Run, log: RunLog) -> dict[str, float]:
+    """What the task measures now, told as well."""
+    measured = run.evaluate()
+    log.message(f"step {run.step}: " + ", ".join(f"{key} {value:.2f}" for key, value in measured.items()))
+    return measured
+
+
+def record(run: Run, measured: dict[str, float]) -> dict:
+    """The values of a record that follow from the run alone, which begins a new interval, with what was measured."""
+    return {
+        "epoch": run.step / run.steps_per_epoch,
+        **run.interval_means(),
+        "lr": run.schedule.at(run.step - 1),
+        **({"loss_scale": run.scaler.scale} if run.scaler.enabled else {}),
+        **measured,
+        "skipped": run.skipped,
+        "bad_images": len(run.pipeline.bad.ids),
+    }
 
 
 def introduction(run: Run) -> list[str]:

@@ -18,11 +18,8 @@ def untrained_model(config: Config) -> MaskedImageModel | Classifier:
     return build_model(config)
 
 
-def restore(path: str, average: bool = False) -> tuple[Config, MaskedImageModel | Classifier, int]:
+def restore(path: str) -> tuple[Config, MaskedImageModel | Classifier, int]:
     """The recipe, the model with its trained weights and the step of a run, a checkpoint or a weights file.
-
-    Args:
-        average: Take the moving average of the weights.
 
     Raises:
         UserError: There is none, or it is damaged.
@@ -30,5 +27,5 @@ def restore(path: str, average: bool = False) -> tuple[Config, MaskedImageModel 
     checkpoint = read_checkpoint(path)
     config = config_from_dict(checkpoint.config)
     model = build_model(config)
-    load_weights(model, checkpoint.average() if average else checkpoint.weights())
+    load_weights(model, checkpoint.weights())
     return config, model, checkpoint.step
