@@ -22,7 +22,7 @@ from localmim.errors import RunError, UserError
 from localmim.export import Output, export, largest_difference
 from localmim.models.layers import Gelu
 from localmim.predict import main as predict_main
-from localmim.predict import open_network, predict, read_description, softmax
+from localmim.predict import open_network, predict, read_description, softmax, top_classes
 from localmim.training.build import build_model
 from localmim.training.checkpoint import weights_header
 from localmim.training.restore import restore
@@ -309,3 +309,10 @@ def test_predict_refuses_a_file_that_is_not_the_one_described(vit_features, tmp_
     (tmp_path / "features.onnx.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="SHA-256 differs"):
         read_description(model)
+
+
+def test_a_class_without_a_name():
+    """A classifier may have more outputs than the images had classes; without names there are numbers."""
+    probabilities = np.asarray([0.1, 0.2, 0.7])
+    assert top_classes(probabilities, ["ant", "bee"], 5) == "class 2 70.0 %, bee 20.0 %, ant 10.0 %"
+    assert top_classes(probabilities, None, 1) == "class 2 70.0 %"

@@ -267,6 +267,15 @@ def test_what_names_do_not_tell_comes_from_a_recipe(tmp_path, capsys):
     same(load_file(out), weights)
 
 
+def test_a_recipe_without_classes_takes_them_from_the_head(tmp_path):
+    """As the recipes of config/finetune are, whose classes follow from images that are not needed here."""
+    theirs, out, recipe = (tmp_path / n for n in ("b.safetensors", "c.safetensors", "r.yaml"))
+    save_file(classifier("vit_base_patch16_224", num_classes=5, **VIT), theirs)
+    recipe.write_text(yaml.safe_dump({"task": "finetune", "model": {"name": "vit_base_patch16_224", **VIT}}))
+    assert run("from-torch", "--src", theirs, "--out", out, "--config", recipe) == 0
+    assert load_file(out)["head.weight"].shape == (5, VIT["embed_dim"])
+
+
 def test_merging_only_where_there_is_one(tmp_path, capsys):
     """Asked for where it means nothing it is an error, not ignored."""
     src = write_zip(tmp_path / "a.pth", tensors(FAMILIES["swin_mean"][0]()))

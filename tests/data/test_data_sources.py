@@ -90,6 +90,11 @@ def test_cifar_binaries(tmp_path, kind, head, count):
     source = open_source(str(tmp_path))
     assert len(source) == 3 * count and source.label(0) == 9 and not source.encoded
     np.testing.assert_array_equal(source[1], image)
+    test = tmp_path / ("test_batch.bin" if kind == "cifar10" else "test.bin")
+    test.write_bytes(record)
+    assert len(open_source(str(tmp_path))) == 3 * count
+    assert len(open_source(str(tmp_path), evaluation=True)) == 1  # the test part
+    test.unlink()
     (tmp_path / names[0]).write_bytes(record[:-1])
     with pytest.raises(UserError, match=f"is not {kind} binary"):
         open_source(str(tmp_path), kind)
