@@ -6,4 +6,5 @@ use_environment requirements-dev.txt
 
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# A process a core, at most four; tests of one file stay together, since they share what takes long to build.
+python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

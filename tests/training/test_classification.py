@@ -73,6 +73,7 @@ def equal(a: dict, b: dict) -> bool:
 def test_a_run_that_goes_on_is_bit_for_bit(make):
     """Stopped in the middle of an epoch: mixing, stochastic depth, augmentation, moments and averages all go on."""
     augmented = {"data": {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5, "segment_steps": 1, "val_dir": ""}}
+    augmented["model"] = {"depth": 2}
     train(make("whole", **augmented))
     train(make("parts", max_steps=3, **augmented))
     train(make("parts", **augmented))
@@ -201,6 +202,7 @@ def test_pretraining_goes_on_from_weights(make):
 def test_a_run_stopped_while_it_was_measured(make, monkeypatch):
     """The step is saved before it is measured; the same command measures it first and ends as if nothing had been."""
     plain = {"classification": {"eval_every": 1}, "checkpoint": {"every_epochs": 1, "every_steps": 0}}
+    plain["model"] = {"depth": 2}
     train(make("whole", **plain))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", lambda run: (_ for _ in ()).throw(UserError("too many unreadable images")))
