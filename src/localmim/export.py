@@ -36,15 +36,16 @@ from localmim.data.pipeline import eval_batches, resolve_mean_std
 from localmim.data.sources import ArraySource, Source, open_source
 from localmim.device import available_devices, set_device
 from localmim.errors import RunError, UserError
+from localmim.files import file_sha256
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.models.layers import Attention, parameter
 from localmim.models.swin import SwinTransformer
 from localmim.models.vit import VisionTransformer
-from localmim.predict import DESCRIPTION, description_path, file_hash, open_network
+from localmim.predict import DESCRIPTION, description_path, open_network
 from localmim.training.build import build_masking
 from localmim.training.checkpoint import read_checkpoint
-from localmim.training.restore import restore
+from localmim.training.restore import model_of
 
 SUFFIXES = {"MINDIR": ".mindir", "ONNX": ".onnx", "AIR": ".air"}
 TOLERANCE = 1e-4  # largest difference that passes, share of the largest value
@@ -149,7 +150,8 @@ def export(
         )
     size = _batch_size(batch_size)
     device = set_device(device)
-    config, model, step = restore(ckpt)
+    checkpoint = read_checkpoint(ckpt)
+    config, model = model_of(checkpoint)
     path = _out_path(out or config.model.name + SUFFIXES[file_format], SUFFIXES[file_format], overwrite)
     network, output = _network(model, encoder_only)
     if output == "predictions" and size is None:
@@ -159,7 +161,7 @@ def export(
 
     given, shown = _given(config, model, [size] if size else list(OPEN_SIZES), data_dir, output)
     expected = [_as_list(network(*map(Tensor, arrays))) for arrays in given]
-    about = _describe(config, model, step, ckpt, output, size, given[0], expected[0])
+    about = _describe(config, model, checkpoint, output, size, given[0], expected[0])
     about = {"format": DESCRIPTION, "file": path.name, "file_format": file_format, **about}
     with _aside(path.parent) as folder:
         _write(network, given[0], file_format, size, folder, path.stem, about)
@@ -169,7 +171,7 @@ def export(
             _check(difference, path, shown)
             about["largest_difference"] = {**difference._asdict(), "images": shown}
         about["files"] = {
-            str(file.relative_to(folder)): file_hash(file) for file in sorted(folder.rglob("*")) if file.is_file()
+            str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()
         }
         _put_in_place(folder, path, about)
     _tell(path, about)
@@ -241,21 +243,21 @@ def _builtin_image(index: int, encoder: nn.Cell) -> np.ndarray:
     return np.take(image, np.arange(encoder.in_chans) % 3, axis=2)
 
 
-def _describe(config, model, step, ckpt, output, size, arrays: Arrays, outputs: Arrays) -> dict:
+def _describe(config, model, checkpoint, output, size, arrays: Arrays, outputs: Arrays) -> dict:
     """The contents of FILE.json, but for what is known only when the file is there."""
     encoder = model.encoder
     mean, std = resolve_mean_std(config.data, encoder.in_chans)
     return {
         "model": config.model.name,
         "task": config.task,
-        "step": step,
+        "step": checkpoint.step,
         "output": output,
         "image_size": list(encoder.image_size),
         "in_chans": encoder.in_chans,
         "mean": mean.tolist(),
         "std": std.tolist(),
         "batch_size": size,
-        "classes": read_checkpoint(ckpt).classes if output == "logits" else [],
+        "classes": checkpoint.classes if output == "logits" else [],
         "inputs": _values(["images", *(f"mask_{i}" for i in range(len(arrays) - 1))], arrays, size),
         "outputs": _values(
             [output] if len(outputs) == 1 else [f"{output}_{i}" for i in range(len(outputs))], outputs, size

@@ -7,7 +7,6 @@ are printed, one line an image; features are written to `--out`. Folders stand f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from localmim.data.pipeline import eval_batches
 from localmim.data.sources import IMAGE_SUFFIXES, FileSource, open_source
 from localmim.device import set_device
 from localmim.errors import UserError
+from localmim.files import file_sha256
 
 DESCRIPTION = "localmim-export-1"  # `format` of FILE.json
 Network = Callable[..., list[np.ndarray]]  # arrays, one an input -> arrays, one an output
@@ -32,12 +32,6 @@ Network = Callable[..., list[np.ndarray]]  # arrays, one an input -> arrays, one
 def description_path(model: Path) -> Path:
     """FILE.json of FILE.mindir is FILE.mindir.json."""
     return model.with_name(model.name + ".json")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_description(model: Path) -> dict:
@@ -60,7 +54,7 @@ def read_description(model: Path) -> dict:
         part = model if name == about["file"] else model.parent / name  # model and description may have been renamed
         if not part.is_file():
             raise UserError(f"{part} does not exist: it is a part of {model}")
-        if file_hash(part) != digest:
+        if file_sha256(part) != digest:
             raise UserError(f"{part} is not the file that {path} describes: its SHA-256 differs")
     return about
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from mindspore import nn
@@ -17,7 +16,7 @@ from localmim.distributed import Ranks, join
 from localmim.errors import UserError
 from localmim.evaluation.accuracy import accuracy, class_numbers
 from localmim.evaluation.neighbours import neighbours
-from localmim.models.layers import to_pair
+from localmim.files import replace_text
 from localmim.models.resize import fit_to_size
 from localmim.training.build import build_model
 from localmim.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
@@ -65,7 +64,7 @@ def evaluate(
     result |= {"device": chosen, "devices": ranks.world}
     if ranks.rank == 0:
         path = Path(out) if out else beside(checkpoint.path, "_average" if average else "")
-        write_json(path, result)
+        replace_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"{line}; {path}")
     return result
 
@@ -93,7 +92,7 @@ def model_of(checkpoint: Checkpoint, recipe: Config, average: bool) -> nn.Cell:
     model = build_model(recipe)
     weights = checkpoint.average() if average else checkpoint.weights()
     size = checkpoint.config["model"].get("image_size")
-    load_weights(model, fit_to_size(weights, model, to_pair(size) if size is not None else None).arrays)
+    load_weights(model, fit_to_size(weights, model, size).arrays)
     return model.set_train(False)
 
 
@@ -123,20 +122,6 @@ def beside(path: Path, which: str) -> Path:
     folder = path if path.is_dir() else path.parent  # a step of a run's checkpoints/
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
     return run / f"eval_{folder.name}{which}.json"
-
-
-def write_json(path: Path, result: dict) -> None:
-    """Written aside and moved into place.
-
-    Raises:
-        UserError: The disk does not take it.
-    """
-    aside = path.with_name(f".{path.name}")
-    try:
-        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def main(argv: list[str]) -> None:

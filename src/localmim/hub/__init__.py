@@ -6,7 +6,6 @@ the paper's recipe here, which `create_model` leaves at the plain defaults (docs
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import mindspore as ms
@@ -14,6 +13,7 @@ from mindspore import nn
 
 from localmim.convert.load import LoadReport, load_weights
 from localmim.errors import UserError
+from localmim.files import file_sha256
 from localmim.models.registry import create_model
 
 PAPER = {  # as in config/pretrain/
@@ -63,9 +63,3 @@ def load_strictly(network: nn.Cell, ckpt_file: str, sha256: str = "") -> LoadRep
     except ValueError as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     return load_weights(network, {name: p.asnumpy() for name, p in parameters.items()})
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,8 @@ from mindspore import nn
 from localmim import cli
 from localmim.device import set_device
 from localmim.errors import UserError
-from localmim.hub import create_network, file_sha256, load_strictly
+from localmim.files import file_sha256, replace_text
+from localmim.hub import create_network, load_strictly
 from localmim.hub.page import check_page, check_text, read_page, with_asset
 from localmim.training.restore import restore
 
@@ -58,7 +59,7 @@ def asset(ckpt: str, page: str, link: str, out: str) -> Path:
     finally:
         aside.unlink(missing_ok=True)
     sha256 = file_sha256(path)
-    _replace_text(Path(page), with_asset(text, link, sha256))
+    replace_text(Path(page), with_asset(text, link, sha256))
     print(f"{path}: step {step}, {path.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256}; entered in {page}")
     return path
 
@@ -84,18 +85,6 @@ def _check_network(name: str, model: nn.Cell, file: Path, ckpt: str) -> None:
             f"{ckpt} is not the network of the page: features differ by {difference:.3g}, so it was trained with other "
             f"arguments than create_network({name!r}) has, such as reference_quirks or num_heads"
         )
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Writes a file aside and renames it."""
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check(pages: list[str]) -> None:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from localmim.errors import UserError
+from localmim.models.layers import to_pair
 
 _CHANNELS = 512  # the most that OpenCV takes at once
 
@@ -48,13 +49,13 @@ class Resized(NamedTuple):
     done: list[str]
 
 
-def fit_to_size(arrays: dict[str, np.ndarray], model, image_size: tuple[int, int] | None = None) -> Resized:
+def fit_to_size(arrays: dict[str, np.ndarray], model, image_size=None) -> Resized:
     """Resizes what of `arrays` has another image size than `model.encoder`; the rest stays as it is.
 
     Args:
         arrays: By our names, `encoder.` in front.
         model: Has an `encoder`.
-        image_size: (height, width) that the arrays were trained at, pixels; None: a square.
+        image_size: Pixels that the arrays were trained at, one number or (height, width); None: a square.
 
     Raises:
         UserError: The position codes are those of no such grid.
@@ -64,7 +65,7 @@ def fit_to_size(arrays: dict[str, np.ndarray], model, image_size: tuple[int, int
     if code is not None and hasattr(encoder, "pos_embed") and code.shape[1] != encoder.pos_embed.shape[1]:
         count = code.shape[1] - encoder.class_tokens
         side = math.isqrt(count)
-        before = tuple(s // encoder.patch_size for s in image_size) if image_size else (side, side)
+        before = tuple(s // encoder.patch_size for s in to_pair(image_size)) if image_size else (side, side)
         if before[0] * before[1] != count:
             raise UserError(f"encoder.pos_embed holds {count} patches, which is no {before[0]}x{before[1]} grid")
         fitted["encoder.pos_embed"] = resize_position_code(code, before, encoder.grid)

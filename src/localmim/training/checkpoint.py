@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from localmim.errors import UserError
+from localmim.files import file_sha256
 
 FORMAT = "localmim-1"
 WEIGHTS, OPTIMIZER, STATE, CONFIG = "weights.safetensors", "optimizer.safetensors", "state.json", "config.yaml"
@@ -49,7 +50,6 @@ _DTYPES = {  # numpy's names to those of the safetensors format
     "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
     "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64",
 }  # fmt: skip
-_CHUNK = 1 << 22  # bytes read at a time when hashing
 
 log = logging.getLogger("localmim.checkpoint")
 
@@ -359,7 +359,7 @@ def _damage(folder: Path, names: Iterable[str] | None = None, hashes: bool = Tru
             expected, size = manifest["files"][name], (folder / name).stat().st_size
             if size != expected["size"]:
                 return f"{name}: {size} bytes, expected {expected['size']}"
-            if hashes and _sha256(folder / name) != expected["sha256"]:
+            if hashes and file_sha256(folder / name) != expected["sha256"]:
                 return f"{name}: contents do not match the hash"
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
@@ -373,14 +373,6 @@ def _has_manifest(folder: Path) -> bool:
         return json.loads((folder / MANIFEST).read_text("utf-8"))["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
 
 
 def _json_bytes(value: dict) -> bytes:

@@ -12,7 +12,7 @@ from localmim.convert.load import load_weights
 from localmim.errors import UserError
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
-from localmim.models.layers import Attention, LayerNorm, Linear, to_pair
+from localmim.models.layers import Attention, LayerNorm, Linear
 from localmim.models.resize import fit_to_size
 from localmim.training.build import build_model
 from localmim.training.checkpoint import read_checkpoint
@@ -99,8 +99,7 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
     kept = saved.task != "pretrain" and saved.reference_quirks and not config.reference_quirks
     if kept and hasattr(model.encoder, "layers"):
         lines.append("merging weights taken as they are, from a classifier or encoder with reference_quirks (Q3)")
-    size = saved.model.image_size
-    arrays, resized = fit_to_size(arrays, model, to_pair(size) if size is not None else None)
+    arrays, resized = fit_to_size(arrays, model, saved.model.image_size)
     lines += [f"resized: {what}" for what in resized]
     lines += compare(build_model(saved), model)
     if config.task == "finetune":  # no output depends on the classes yet

@@ -22,6 +22,7 @@ from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
 from localmim.device import compute_dtype, set_device
 from localmim.errors import RunError, UserError
+from localmim.files import replace_text
 from localmim.models.layers import set_compute_dtype
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
 from localmim.training.classification import Classification
@@ -365,11 +366,9 @@ def write_config(output: Path, config: Config) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        aside = output / ".config.yaml"
-        aside.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(aside, output / "config.yaml")
     except OSError as error:
         raise UserError(f"cannot write to output_dir {output}: {error.strerror}") from error
+    replace_text(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from localmim.convert.load import load_weights
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.training.build import build_model
-from localmim.training.checkpoint import read_checkpoint
+from localmim.training.checkpoint import Checkpoint, read_checkpoint
 
 
 def untrained_model(config: Config) -> MaskedImageModel | Classifier:
@@ -25,7 +25,12 @@ def restore(path: str) -> tuple[Config, MaskedImageModel | Classifier, int]:
         UserError: There is none, or it is damaged.
     """
     checkpoint = read_checkpoint(path)
+    return *model_of(checkpoint), checkpoint.step
+
+
+def model_of(checkpoint: Checkpoint) -> tuple[Config, MaskedImageModel | Classifier]:
+    """The recipe and the model with its trained weights."""
     config = config_from_dict(checkpoint.config)
     model = build_model(config)
     load_weights(model, checkpoint.weights())
-    return config, model, checkpoint.step
+    return config, model

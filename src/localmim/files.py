@@ -1,0 +1,31 @@
+"""Files on disk: their hash, and text that is replaced in one move."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from localmim.errors import UserError
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file aside and renames it, so that it is there whole or as it was.
+
+    Raises:
+        UserError: The disk does not take it.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
