@@ -7,7 +7,6 @@ import mindspore as ms
 from localmim.errors import UserError
 
 DEVICES = ("Ascend", "GPU", "CPU")
-INSTALL_DOC = "https://www.mindspore.cn/install/en"
 
 
 def available_devices() -> list[str]:
@@ -29,7 +28,8 @@ def set_device(name: str) -> str:
         if chosen not in usable:
             raise UserError(
                 f"device {name} cannot be used: this MindSpore {ms.__version__} finds {', '.join(usable)} here; "
-                f"drivers and libraries that {name} needs: {INSTALL_DOC}"
+                f"start it by scripts/run_standalone_train_{name.lower()}.sh, "
+                "and `python -m localmim.doctor` says what is missing"
             )
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(chosen)
