@@ -3,12 +3,15 @@
 import os
 import sys
 
-if sys.argv[:1] == ["-m"]:  # run as `python -m localmim.…`: MindSpore's own log shows errors only
-    os.environ.setdefault("GLOG_v", "3")
-
-from localmim.mim import localmim as _localmim  # noqa: F401  (registers its models)
-from localmim.models import classifier as _classifier  # noqa: F401  (registers its models)
-from localmim.models.registry import create_model, list_models
-
 __version__ = "0.1.0"
 __all__ = ["create_model", "list_models"]
+
+_module = ""  # `python -m localmim.…`: which, while Python looks it up
+if sys.argv[:1] == ["-m"]:
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log shows errors only
+    _module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+
+if _module not in ("localmim.launch", "localmim.doctor"):  # these two do without MindSpore: it may not be usable yet
+    from localmim.mim import localmim as _localmim  # noqa: F401  (registers its models)
+    from localmim.models import classifier as _classifier  # noqa: F401  (registers its models)
+    from localmim.models.registry import create_model, list_models

@@ -1,6 +1,6 @@
 """What every command shares: exit codes, one line for a user's mistake, quiet shutdown.
 
-0: done. 2: a wrong argument, config, file or folder. 1: anything else.
+0: done. 2: a wrong argument, config, file or folder. 1: anything else. 3: another process of the same job failed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from localmim.errors import RunError, UserError
+from localmim.errors import PeerError, RunError, UserError
 
 
 def run(main: Callable[[list[str]], object], argv: list[str] | None = None) -> int:
@@ -22,6 +22,9 @@ def run(main: Callable[[list[str]], object], argv: list[str] | None = None) -> i
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PeerError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 3
     except RunError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

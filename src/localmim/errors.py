@@ -13,3 +13,7 @@ class RunError(Exception):
 
     The message is one line that says what happened and where it is written down.
     """
+
+
+class PeerError(RunError):
+    """Another process of the job failed, so this one stops as well; the reason is in the other's log. Exit code 3."""

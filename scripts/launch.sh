@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The body of the launchers run_*.sh: launch.sh KIND DEVICE [ARGUMENTS], DEVICE cpu, gpu, ascend or none.
+# With PYTHON set, that Python is used as it is; otherwise .venv is made and filled the first time.
+set -euo pipefail
+kind=$1 device=$2
+shift 2
+case $kind in
+    distribute_train) needed=2 arguments="DEVICE_NUM CONFIG [--key value]" ;;
+    standalone_train) needed=1 arguments="CONFIG [--key value]" ;;
+    eval) needed=2 arguments="--ckpt RUN [--data-dir DIR] [--config FILE] (on \$DEVICE_NUM devices, default 1)" ;;
+    export) needed=2 arguments="--ckpt RUN [--file-format MINDIR|ONNX|AIR] [--encoder-only] [--out FILE]" ;;
+esac
+case $device in
+    cpu) name=CPU requirements=requirements.txt ;;
+    gpu) name=GPU requirements=requirements-gpu.txt ;;
+    ascend) name=Ascend requirements=requirements.txt ;;
+    none) name="" requirements=requirements.txt ;;
+esac
+script=run_$kind.sh
+[ "$device" = none ] || script=run_${kind}_$device.sh
+usage="usage: bash scripts/$script $arguments [--dry-run]; relative paths are below the repository's root"
+
+dry_run=
+words=()
+for word in "$@"; do
+    case $word in
+        -h | --help)
+            echo "$usage"
+            exit 0
+            ;;
+        --dry-run) dry_run=--dry-run ;;
+        *) words+=("$word") ;;
+    esac
+done
+if [ ${#words[@]} -lt $needed ] || [[ $kind = *_train && "${words[*]:0:needed}" = *--* ]]; then
+    echo "$usage" >&2
+    exit 2
+fi
+
+source "$(dirname "$0")/env.sh"
+if [ -n "${PYTHON:-}" ]; then
+    python=$PYTHON
+    export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
+else
+    if [ -n "$dry_run" ]; then
+        requirements=requirements.txt
+    elif [ "$device" = gpu ] || [ "$device" = ascend ]; then
+        python=$(find_python)
+        PYTHONPATH=src "$python" -m localmim.doctor --need-driver "$name" # before anything is downloaded for it
+    fi
+    use_environment "$requirements"
+    python=python
+fi
+
+case $kind in
+    distribute_train) launch=(--devices "${words[0]}" train.py --config "${words[@]:1}") ;;
+    standalone_train) launch=(train.py --config "${words[@]}") ;;
+    eval) launch=(--devices "${DEVICE_NUM:-1}" eval.py "${words[@]}") ;;
+    export) launch=(export.py "${words[@]}") ;;
+esac
+[ -z "$name" ] || launch=(--device "$name" "${launch[@]}")
+exec "$python" -m localmim.launch $dry_run "${launch[@]}"

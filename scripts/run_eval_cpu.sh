@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Evaluates a checkpoint (the CPU), on DEVICE_NUM devices (environment, default 1):
+# bash scripts/run_eval_cpu.sh --ckpt RUN [--data-dir DIR]
+exec bash "$(dirname "$0")/launch.sh" eval cpu "$@"
