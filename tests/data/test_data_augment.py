@@ -1,7 +1,8 @@
-"""RandAugment is timm's, op by op as Pillow does them; erasing has timm's shapes; both repeat themselves exactly."""
+"""RandAugment is timm's, op by op as Pillow does them; crops are torchvision's, erasing has timm's shapes."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -12,7 +13,18 @@ from data_images import draw
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from localmim.data import augment
-from localmim.data.augment import ERASE, OPS, RAND_AUGMENT, Policy, RandAugment, RandomErasing, generator, parse_policy
+from localmim.data.augment import (
+    CROP,
+    ERASE,
+    OPS,
+    RAND_AUGMENT,
+    Policy,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    generator,
+    parse_policy,
+)
 from localmim.errors import UserError
 
 FILL = (124, 116, 104)
@@ -180,6 +192,65 @@ def test_images_that_cannot_be_augmented(image):
     """Tables of 256 levels for three channels: anything else is named, not bent into shape."""
     with pytest.raises(UserError, match=r"data.rand_augment needs 8 bit colour images, but data.dir holds"):
         RandAugment(Policy(), FILL)(image, generator(0, 0, 0, RAND_AUGMENT))
+
+
+def test_streams_are_apart():
+    """Each of (seed, epoch, sample, purpose) has a stream of its own, also where a neighbour's would begin."""
+    streams = [generator(*key) for key in itertools.product((0, 2**32 - 1), (0, 1), (0, 1, 2**31 - 1), (1, 2, 3))]
+    draws = [tuple(stream.integers(2**63, size=40).tolist()) for stream in streams]
+    assert len({value for row in draws for value in row}) == 40 * len(draws) == 40 * 36
+    assert draws[0] == tuple(generator(0, 0, 0, 1).integers(2**63, size=40).tolist())
+
+
+def test_crops_are_torchvisions():
+    """Area uniform in the scale, log of the aspect uniform, places all over the image, half of them mirrored."""
+    crop, image = RandomCrop((0.2, 0.5), (0.75, 4 / 3), 0.5), np.mgrid[:120, :160].transpose(1, 2, 0).astype(np.int32)
+    areas, aspects, mirrored, covered, count = [], [], 0, np.zeros((120, 160)), 2000
+    for sample in range(count):
+        part = crop(image, generator(0, 0, sample, CROP))
+        h, w = part.shape[:2]
+        flipped = part[0, 0, 1] > part[0, -1, 1]
+        plain = part[:, ::-1] if flipped else part
+        top, left = plain[0, 0]
+        np.testing.assert_array_equal(plain, image[top : top + h, left : left + w])
+        assert part.flags.c_contiguous
+        mirrored += flipped
+        areas.append(h * w / 120 / 160)
+        aspects.append(math.log(w / h))
+        covered[top : top + h, left : left + w] = 1
+    assert covered.any(0).all() and covered.any(1).all() and covered.mean() > 0.999
+    assert mirrored == pytest.approx(count / 2, rel=0.1)
+    for values, low, high, slack in ((areas, 0.2, 0.5, 0.006), (aspects, math.log(0.75), math.log(4 / 3), 0.02)):
+        thirds = np.quantile(values, (0, 1 / 3, 2 / 3, 1))
+        np.testing.assert_allclose(thirds, np.linspace(low, high, 4), atol=3 * slack)
+        assert thirds[0] > low - slack and thirds[3] < high + slack
+
+
+@pytest.mark.parametrize(
+    "ratio, shape, expected",
+    [
+        ((1.0, 1.0), (40, 60), (0, 10, 40, 40)),
+        ((1.0, 1.0), (61, 40), (10, 0, 40, 40)),
+        ((1.5, 1.5), (40, 40), (6, 0, 27, 40)),
+        ((0.5, 2.0), (10, 90), (0, 35, 10, 20)),
+        ((0.5, 2.0), (1, 1), (0, 0, 1, 1)),
+        ((100.0, 100.0), (1, 1), (0, 0, 1, 1)),
+    ],
+)
+def test_crop_that_never_fits(ratio, shape, expected):
+    """Ten tries that fail end with the largest part in the middle whose aspect is the nearest that is allowed."""
+    assert RandomCrop((1.0, 1.0), ratio, 0.0).box(*shape, generator(0, 0, 0, CROP)) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_mirror_images(channels, dtype):
+    """Any number of channels, 8 bit or float, and arrays that do not lie in order."""
+    image = np.random.default_rng(0).integers(0, 256, (channels, 9, 7)).astype(dtype).transpose(1, 2, 0)
+    for hflip, expected in ((1.0, image[:, ::-1]), (0.0, image)):
+        found = RandomCrop((1.0, 1.0), (7 / 9, 7 / 9), hflip)(image, generator(0, 0, 0, CROP))
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == dtype
 
 
 def test_erased_rectangles():

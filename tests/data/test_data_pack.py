@@ -6,11 +6,13 @@ import cv2
 import numpy as np
 import pytest
 from data_images import draw
+from mindspore.mindrecord import FileWriter
 
 from localmim import cli
 from localmim.config import DataConfig
 from localmim.data import TrainPipeline, eval_batches, open_source, pack
 from localmim.data.__main__ import main
+from localmim.data.sources import MindRecordSource
 from localmim.errors import UserError
 
 
@@ -28,7 +30,7 @@ def test_shards_equal_the_folder(tree, packed):
     for i in (0, 13, 14, 39):
         assert shards.name(i) == folder.name(i) and shards.label(i) == folder.label(i)
         np.testing.assert_array_equal(shards[i], folder[i])
-    config = DataConfig(segment_steps=4, workers=1)
+    config = DataConfig(workers=1)
     for left, right in zip(*(TrainPipeline(s, config, (16, 16), 3, 4, seed=3).epoch(1) for s in (folder, shards))):
         for x, y in zip(left, right):
             np.testing.assert_array_equal(x, y)
@@ -38,8 +40,6 @@ def test_shards_equal_the_folder(tree, packed):
 
 def test_bad_image_inside_a_shard(tree, packed, tmp_path):
     """Shards of other tools may hold damaged images, and call the column `data`: replaced as in a folder."""
-    from mindspore.mindrecord import FileWriter
-
     folder = open_source(str(tree))
     writer = FileWriter(str(tmp_path / "x.mindrecord"), shard_num=2)
     writer.add_schema({"data": {"type": "bytes"}, "label": {"type": "int64"}}, "other")
@@ -56,6 +56,41 @@ def test_bad_image_inside_a_shard(tree, packed, tmp_path):
     (tmp_path / "x.mindrecord0").unlink()
     with pytest.raises(UserError, match=r"lacks the MindRecord shard x\.mindrecord0"):
         open_source(str(tmp_path))
+
+
+def test_ranks_read_their_own_records(packed, monkeypatch):
+    """Two ranks read disjoint halves, and together every record once; breaking off and beginning later is quick."""
+    asked = []
+    records = MindRecordSource._records
+
+    def spy(self, column, order):
+        asked.append(sorted(int(i) for i in order))
+        return records(self, column, order)
+
+    source = open_source(str(packed))
+    monkeypatch.setattr(MindRecordSource, "_records", spy)
+    for rank in range(2):
+        data = TrainPipeline(source, DataConfig(workers=1), (16, 16), 3, 4, seed=0, rank=rank, world=2)
+        whole = list(data.epoch(0))
+        assert asked[-1] == sorted(np.concatenate([batch.ids for batch in whole]).tolist())
+        running = data.epoch(0, start_step=2)
+        np.testing.assert_array_equal(next(running).images, whole[2].images)
+        running.close()
+        assert len(asked.pop()) == 12
+    assert len(asked) == 2 and sorted(asked[0] + asked[1]) == list(range(40))
+
+
+def test_half_of_the_records_are_bad(tree, tmp_path):
+    """Stand-ins for many images of a small set: MindRecord takes no more numbers than it has records."""
+    folder = open_source(str(tree))
+    writer = FileWriter(str(tmp_path / "x.mindrecord"), shard_num=1)
+    writer.add_schema({"image": {"type": "bytes"}, "label": {"type": "int64"}}, "half")
+    writer.write_raw_data([{"image": folder[i].tobytes() if i % 5 == 0 else b"junk", "label": i} for i in range(40)])
+    writer.commit()
+    data = TrainPipeline(open_source(str(tmp_path)), DataConfig(max_bad_share=1), (16, 16), 3, 10, seed=0)
+    batches = list(data.epoch(0))
+    assert len(batches) == 4 and len(data.bad.ids) == 32
+    assert not any((batch.labels % 5).any() for batch in batches)
 
 
 def test_incomplete_sets_are_refused(packed, tmp_path):

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, epoch, rank, workers, files), also with files that cannot be read."""
+"""An image is a function of (seed, epoch, its number): whatever the batch, threads, devices or step begun from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 
 import cv2
 import numpy as np
@@ -17,16 +18,16 @@ from PIL import Image
 from localmim.config import DataConfig
 from localmim.data import ArraySource, TrainPipeline, eval_batches, open_source
 from localmim.data.augment import ERASE, RAND_AUGMENT, RandAugment, RandomErasing, generator, parse_policy
-from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, resize
+from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, one_ahead, resize
 from localmim.errors import UserError
 
 SIZE = (24, 32)
 WORKERS = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
 
 
-def pipeline(source, batch_size=4, seed=0, rank=0, world=1, size=SIZE, in_chans=3, **changes):
-    config = dataclasses.replace(DataConfig(segment_steps=3, workers=1), **changes)
-    return TrainPipeline(source, config, size, in_chans, batch_size, seed, rank, world)
+def pipeline(source, batch_size=4, seed=0, rank=0, world=1, step_images=None, size=SIZE, in_chans=3, **changes):
+    config = dataclasses.replace(DataConfig(workers=1), **changes)
+    return TrainPipeline(source, config, size, in_chans, batch_size, seed, rank, world, step_images)
 
 
 def assert_same(left, right):
@@ -54,19 +55,20 @@ BAD = [3, 17, 25, 26]
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_starting_inside_an_epoch(tree, workers):
-    """epoch(e, start_step=s) is the tail of epoch(e), bit for bit, before, at and after a border of segments."""
+    """epoch(e, start_step=s) is the tail of epoch(e), bit for bit, to the last step and to none at all."""
     data = pipeline(open_source(str(tree)), workers=workers)
     whole = list(data.epoch(2))
     assert len(whole) == data.steps_per_epoch == 10
     assert whole[0].images.shape == (4, 3, *SIZE) and whole[0].images.dtype == np.float32
-    for start in (1, 3, 5, 9):
+    for start in (1, 3, 9):
         assert_same(list(data.epoch(2, start_step=start)), whole[start:])
+    assert list(data.epoch(2, start_step=10)) == []
     again = pipeline(open_source(str(tree)), workers=workers)  # as after a restart of the process
     assert_same(list(again.epoch(2)), whole)
 
 
 def test_what_the_stream_depends_on(tree):
-    """Another epoch, seed or segment draws other crops of the same image; labels follow the images."""
+    """Another epoch, seed or sample draws other crops of the same image; labels follow the images."""
     source = ArraySource([draw(0, 240, 300)] * 40, labels=np.arange(40))
     first, other = pipeline(source), pipeline(source, seed=1)
     epochs = [list(first.epoch(0)), list(first.epoch(1)), list(other.epoch(0))]
@@ -91,13 +93,62 @@ def test_an_abandoned_epoch_leaves_nothing_behind(tree):
         assert_same(list(data.epoch(0)), whole)
 
 
-def test_ranks_share_an_epoch(tree):
-    """Every image at most once over all ranks, and each rank draws crops of its own."""
+def steps_of(source, world, batch_size, epoch=1, **options):
+    """What all ranks together take in each step of an epoch: number to pixels. No image may come twice."""
+    ranks = [list(pipeline(source, batch_size, rank=r, world=world, **options).epoch(epoch)) for r in range(world)]
+    steps = []
+    for parts in zip(*ranks, strict=True):
+        pixels = {sample: image for part in parts for sample, image in zip(part.ids.tolist(), part.images)}
+        assert len(pixels) == world * batch_size
+        steps.append(pixels)
+    return steps
+
+
+@pytest.mark.parametrize("changes", [{}, {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5}])
+def test_a_step_is_the_same_on_any_number_of_devices(damaged, changes):
+    """1, 2, 4 ranks, with unreadable images among them: each step's images are the same set, bit for bit."""
+    options = {"max_bad_share": 0.2, **changes}
+    alone = steps_of(open_source(str(damaged)), 1, 8, **options)
+    assert len(alone) == 5
+    for world, workers in ((2, WORKERS[-1]), (4, 1)):
+        shared = steps_of(open_source(str(damaged)), world, 8 // world, workers=workers, **options)
+        for one, other in zip(alone, shared, strict=True):
+            assert one.keys() == other.keys()
+            for sample in one:
+                np.testing.assert_array_equal(one[sample], other[sample])
+
+
+def test_ranks_share_a_step(tree):
+    """Rank r of w has the r-th part of each step, neighbours together, and the epoch is every image once."""
     source = open_source(str(tree))
-    ranks = [pipeline(source, rank=rank, world=3) for rank in range(3)]
-    assert {data.steps_per_epoch for data in ranks} == {3}
-    ids = np.concatenate([batch.ids for data in ranks for batch in data.epoch(0)])
-    assert len(ids) == len(set(ids.tolist())) == 36
+    order = pipeline(source).order(0)
+    assert sorted(order.tolist()) == list(range(40))
+    for rank in range(2):
+        batches = list(pipeline(source, rank=rank, world=2).epoch(0))
+        np.testing.assert_array_equal([b.ids for b in batches], order.reshape(5, 2, 4)[:, rank])
+
+
+def test_fewer_images_than_a_step_has(tree):
+    """A run that goes on with a smaller batch: the same steps in the same places, their last images left out."""
+    source = open_source(str(tree))
+    full, fewer = (pipeline(source, size, rank=0, world=2, step_images=8) for size in (4, 3))
+    assert full.steps_per_epoch == fewer.steps_per_epoch == 5
+    for one, other in zip(full.epoch(0, 2), fewer.epoch(0, 2), strict=True):
+        np.testing.assert_array_equal(one.ids[:3], other.ids)
+        np.testing.assert_array_equal(one.images[:3], other.images)
+
+
+def test_pixels_depend_on_neither_batch_nor_threads():
+    """Each image of an epoch by its number: other batch sizes and thread counts give the same pixels."""
+    source = ArraySource([draw(k, 40, 50) for k in range(24)])
+    runs = []
+    for batch_size, workers in ((1, 1), (6, WORKERS[-1]), (24, 1)):
+        steps = steps_of(source, 1, batch_size, workers=workers)
+        runs.append({sample: image for step in steps for sample, image in step.items()})
+    assert all(run.keys() == runs[0].keys() for run in runs) and len(runs[0]) == 24
+    for sample, image in runs[0].items():
+        np.testing.assert_array_equal(image, runs[1][sample])
+        np.testing.assert_array_equal(image, runs[2][sample])
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -131,16 +182,36 @@ def test_too_many_bad_images(damaged):
         list(data.epoch(0))
 
 
-@pytest.mark.parametrize("segment_steps", [3, 100])
-def test_half_of_the_images_are_bad(tmp_path, segment_steps):
-    """Stand-ins for several batches, bad ones among them; with one segment an epoch they must repeat images."""
+def test_half_of_the_images_are_bad(tmp_path):
+    """Stand-ins in every batch, bad ones among those that are looked at; they must repeat images."""
     for k in range(22):
         (tmp_path / f"{k:02d}.jpg").write_bytes(b"" if k % 2 else jpeg(draw(k)))
-    data = pipeline(open_source(str(tmp_path)), max_bad_share=1, segment_steps=segment_steps)
+    data = pipeline(open_source(str(tmp_path)), max_bad_share=1)
     batches = list(data.epoch(0))
     assert [batch.images.shape for batch in batches] == [(4, 3, *SIZE)] * 5
     assert not any((batch.ids % 2).any() for batch in batches)
     assert_same(list(data.epoch(0, start_step=2)), batches[2:])
+
+
+def test_who_stands_in(tmp_path):
+    """The image at the same place of the next steps, what is left over included, then at the place after it."""
+    for k in range(11):
+        (tmp_path / f"{k:02d}.jpg").write_bytes(jpeg(draw(k)))
+    source = open_source(str(tmp_path))
+    order = pipeline(source).order(0)  # two steps of 4, three left over
+    for places, expected in (((1,), {1: 5}), ((5,), {5: 9}), ((1, 5, 9), {1: 6, 5: 10}), ((3, 7), {3: 4, 7: 8})):
+        for place in places:
+            (tmp_path / f"{order[place]:02d}.jpg").write_bytes(b"")
+        batches = list(pipeline(source, max_bad_share=1).epoch(0))
+        found = np.concatenate([batch.ids for batch in batches])
+        wanted = order[[expected.get(place, place) for place in range(8)]]
+        np.testing.assert_array_equal(found, wanted)
+        for place in places:
+            (tmp_path / f"{order[place]:02d}.jpg").write_bytes(jpeg(draw(order[place])))
+    # the pixels are those that the image has at its own place
+    twice = [image for batch in batches for image, sample in zip(batch.images, batch.ids) if sample == order[4]]
+    assert len(twice) == 2
+    np.testing.assert_array_equal(*twice)
 
 
 def test_no_image_can_be_read(tmp_path):
@@ -158,11 +229,11 @@ def test_state_refuses_another_data_set(tree, damaged):
         pipeline(open_source(str(damaged))).load_state(state)
 
 
-def test_load_state_keeps_the_worker_count(tree):
-    """The crops depend on it, so `workers: 0` must not change under a run that moves to another machine."""
-    data = pipeline(open_source(str(tree)), workers=0)
-    data.load_state({**data.state(), "workers": 1})
-    assert_same(list(data.epoch(0)), list(pipeline(open_source(str(tree)), workers=1).epoch(0)))
+def test_state_of_an_older_run(tree):
+    """States once held the number of workers, which no longer decides anything: they are taken over all the same."""
+    data = pipeline(open_source(str(tree)))
+    data.load_state({**data.state(), "workers": 10**6, "bad": [7]})
+    assert data.state() == {"bad": [7], "fingerprint": data.fingerprint} and data.workers == 1
 
 
 def test_crops_come_from_the_image(tmp_path):
@@ -250,7 +321,7 @@ def test_what_an_augmented_image_depends_on():
     fixed = {"crop_scale": (1.0, 1.0), "crop_ratio": (SIZE[1] / SIZE[0],) * 2, "hflip": 0.0, "seed": 5, **AUGMENTED}
     policy, erase = RandAugment(parse_policy("m9-mstd0.5-inc1"), (124, 116, 104), "bicubic"), RandomErasing(0.5)
     mean, std = (np.float32(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    for changes in ({}, {"workers": WORKERS[-1], "batch_size": 8}, {"segment_steps": 1, "rank": 1, "world": 2}):
+    for changes in ({}, {"workers": WORKERS[-1], "batch_size": 8}, {"rank": 1, "world": 2}):
         for batch in pipeline(ArraySource(images), **fixed, **changes).epoch(3):
             for image, sample in zip(batch.images, batch.ids.tolist()):
                 expected = policy(images[sample], generator(5, 3, sample, RAND_AUGMENT)).transpose(2, 0, 1)
@@ -264,6 +335,65 @@ def test_an_error_in_augmentation_is_raised():
     images[5] = images[5].astype(np.float32) / 255
     with pytest.raises(UserError, match=r"data\.rand_augment needs 8 bit colour images, .* float32 of shape"):
         list(pipeline(ArraySource(images), rand_augment="m9", max_bad_share=1).epoch(0))
+
+
+def test_an_error_in_a_source_is_raised():
+    """Only what is known to be unreadable is replaced; a source that fails otherwise ends the run as it failed."""
+
+    class Broken(list):
+        def __getitem__(self, k):
+            if k == 5:
+                raise KeyError("no such image")
+            return super().__getitem__(k)
+
+    with pytest.raises(KeyError, match="no such image"):
+        list(pipeline(ArraySource(Broken(draw(k) for k in range(8)))).epoch(0))
+
+
+def test_one_ahead():
+    """The next item is made while one is in use, no further one is, and an error comes in its turn."""
+    made = []
+
+    def items():
+        for k in range(4):
+            if k == 3:
+                raise ValueError("three")
+            made.append(k)
+            yield k
+
+    taken = one_ahead(items())
+    assert next(taken) == 0
+    for _ in range(500):
+        if len(made) == 2:
+            break
+        time.sleep(0.01)
+    assert made == [0, 1]
+    assert [next(taken), next(taken)] == [1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(taken)
+
+
+def test_nothing_stays_behind(tree):
+    """Whole epochs and broken-off ones leave no thread and no open file; an ended thread may need a moment to go."""
+    data = pipeline(open_source(str(tree)), rand_augment="m9")
+
+    def left(folder):
+        return len(os.listdir(f"/proc/self/{folder}"))
+
+    def run():
+        list(data.epoch(0))
+        running = data.epoch(1)
+        next(running)
+        running.close()
+
+    run()
+    threads, files = left("task"), left("fd")
+    for _ in range(10):
+        run()
+    end = time.monotonic() + 10
+    while left("task") > threads and time.monotonic() < end:
+        time.sleep(0.01)
+    assert left("task") <= threads and left("fd") <= files
 
 
 def test_erasing_grey_and_float_images(tmp_path):
@@ -367,12 +497,13 @@ def test_training_crops_are_pillows(interpolation):
     [
         ({"batch_size": 41}, "data.dir has 40 images, fewer than batch_size 41"),
         ({"batch_size": 21, "world": 2}, "20 for each of 2 devices, fewer than batch_size 21"),
+        ({"step_images": 41}, "data.dir has 40 images, fewer than the 41 of a step"),
+        ({"step_images": 7, "world": 2}, "a step has 7 images, fewer than 2 x batch_size 4"),
         ({"mean": [0.5]}, "data.mean has 1 values, but images have 3 channels"),
         ({"std": [1.0, 0.0, 1.0]}, "data.std"),
         ({"crop_scale": (0.5, 0.2)}, "data.crop_scale"),
         ({"crop_ratio": (0.0, 1.0)}, "data.crop_ratio"),
         ({"hflip": 1.5}, "data.hflip"),
-        ({"segment_steps": 0}, "data.segment_steps"),
         ({"rand_augment": "m9-x3"}, "data.rand_augment is 'm9-x3'"),
         ({"rand_augment": "m9", "in_chans": 1}, "data.rand_augment needs colour images, but model.in_chans is 1"),
         ({"workers": 10**6}, "data.workers is 1000000"),

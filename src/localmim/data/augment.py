@@ -1,7 +1,7 @@
-"""RandAugment and random erasing, each a pure function of (image, random generator).
+"""Random crops, RandAugment and random erasing, each a pure function of (image, random generator).
 
 `generator` makes the random numbers of one image from (seed, epoch, number of the image, purpose), so threads, batch
-size, segments and restarts do not change what an image gets.
+size, devices and restarts do not change what an image gets.
 
 RandAugment (Cubuk et al., 2019, https://arxiv.org/abs/1909.13719) is timm's form of it, "rand-m9-mstd0.5-inc1": 15 ops,
 written here with OpenCV and tables of 256 entries. It follows Pillow, which timm uses: the tables are equal, and
@@ -28,7 +28,7 @@ import numpy as np
 
 from localmim.errors import UserError
 
-RAND_AUGMENT, ERASE = 1, 2  # purposes of `generator`: one stream each
+RAND_AUGMENT, ERASE, CROP = 1, 2, 3  # purposes of `generator`: one stream each
 
 # in timm's order
 OPS = (
@@ -58,11 +58,56 @@ SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow'
 ERASED_AREA = (0.02, 1 / 3)  # share of the image
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height by width
 ERASE_ATTEMPTS = 10
+CROP_ATTEMPTS = 10
 
 
 def generator(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one image for one purpose."""
-    return np.random.default_rng([seed, epoch, sample, purpose])
+    """The random numbers of one image for one purpose.
+
+    Philox turns (key, counter) into numbers, so a stream is a place in its counter: nothing has to be mixed first.
+    """
+    return np.random.Generator(np.random.Philox(counter=[0, 0, sample, purpose], key=[seed, epoch]))
+
+
+class RandomCrop:
+    """A random part of an image, mirrored with a probability; torchvision's RandomResizedCrop without its resizing.
+
+    The area is uniform, the aspect log-uniform, and the place uniform. A part that does not fit is drawn again, at most
+    10 times; then it is the largest part in the middle with an aspect that is allowed.
+
+    Args:
+        scale: lowest and highest area, share of the image.
+        ratio: lowest and highest width by height.
+        hflip: probability of a mirror image.
+    """
+
+    def __init__(self, scale: tuple[float, float], ratio: tuple[float, float], hflip: float):
+        self.scale, self.ratio, self.hflip = scale, ratio, hflip
+        self.log_ratio = math.log(ratio[0]), math.log(ratio[1])
+
+    def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the part, pixels."""
+        (low, high), (log_low, log_high) = self.scale, self.log_ratio
+        for _ in range(CROP_ATTEMPTS):
+            area = (low + (high - low) * rng.random()) * height * width
+            aspect = math.exp(log_low + (log_high - log_low) * rng.random())
+            h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < h <= height and 0 < w <= width:
+                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        h, w = height, width
+        if width < height * self.ratio[0]:
+            h = max(1, round(width / self.ratio[0]))
+        elif width > height * self.ratio[1]:
+            w = max(1, round(height * self.ratio[1]))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """[H, W, C] to a contiguous [h, w, C]; the argument stays as it is."""
+        top, left, h, w = self.box(*image.shape[:2], rng)
+        part = image[top : top + h, left : left + w]
+        if rng.random() < self.hflip:
+            return cv2.flip(part, 1).reshape(part.shape)  # OpenCV drops an axis of one channel
+        return np.ascontiguousarray(part)
 
 
 @dataclass(frozen=True)

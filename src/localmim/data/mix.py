@@ -17,10 +17,11 @@ MIX = 3  # purpose of the random numbers, beside those of `localmim.data.augment
 
 
 class Mix:
-    """Mixes each image of a batch with its mirror place in the batch: the first with the last, and so on.
+    """Mixes neighbours in a batch: the first image with the second, and so on.
 
-    One weight, and for cutmix one box, for the whole batch, as timm's batch mode. Without mixup and cutmix only the
-    targets are made.
+    One weight, and for cutmix one box, for the whole batch, as timm's batch mode, which pairs the first image with the
+    last. Neighbours stay together however a step is spread over devices. Without mixup and cutmix only the targets are
+    made.
 
     Args:
         num_classes: classes K.
@@ -78,9 +79,13 @@ class Mix:
             raise UserError(
                 f"batch_size is {len(images)}, expected an even number: mixup and cutmix mix images in pairs"
             )
+        forth = np.arange(0, len(images), 2)
+        order = np.concatenate([forth, forth[::-1] + 1])  # 0 2 4 5 3 1: a mirror image of it pairs neighbours
         before = np.random.get_state()
         np.random.seed([self.seed, epoch, step, self.rank, MIX])
         try:
-            return self.mixup(images.copy(), labels)
+            mixed, targets = self.mixup(images[order], labels[order])
         finally:
             np.random.set_state(before)
+        back = np.argsort(order)
+        return mixed[back], targets[back]

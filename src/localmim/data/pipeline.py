@@ -1,36 +1,45 @@
-"""Batches of augmented images, the same ones every time: a pure function of (seed, epoch, rank, worker count, files).
+"""Batches of augmented images, the same ones every time: an image is a function of (seed, epoch, its number) alone.
 
-The order of an epoch is a numpy permutation of (seed, epoch). Crops and mirrors are drawn inside MindData's C++ ops,
-whose random streams start when a pipeline is built; so an epoch is cut into segments of `data.segment_steps` steps,
-each a pipeline of its own with its own seed. To start in the middle of an epoch, the segment that holds the step is
-built and its first steps are thrown away.
+The order of an epoch is a numpy permutation of (seed, epoch), and crops, mirrors, RandAugment and random erasing take
+their numbers from `generator`. So the number of threads, the size of a batch, the number of devices and the step that
+a run goes on from change nothing: step s over all ranks is always the same images with the same pixels.
 
-An image that cannot be decoded is skipped by MindData in order (`ErrorSamplesMode.SKIP`): the rest of its segment
-moves up by one, and the end is filled with the images that follow in the permutation, from its start again after its
-end. That happens the same way each time, so a resumed run needs to remember nothing to get equal batches; what was
-found is kept only to be named once and counted. RandAugment and random erasing are Python maps, whose random numbers
-follow from (seed, epoch, sample) alone. Building a pipeline sets MindData's global seed (and with it numpy's
-legacy one) and its global error mode.
+MindData calls a Python function for each image, which reads, decodes (OpenCV) and crops it; MindData's C++ operators
+resize in the same thread. 8 bit pixels come out; a thread of ours normalises them into the next batch while the
+training step runs.
+
+The place of an image that cannot be read is given to the one that stands there one step later in the permutation, or
+two, ..., from the start again after the end. That too depends on the permutation and the files alone, so a run that
+goes on needs to remember nothing to get equal batches; what was found is kept only to be named once and counted.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property, lru_cache
+from itertools import count, islice
 from typing import Any, NamedTuple
 
-import mindspore.dataset as ds
 import numpy as np
-from mindspore.dataset import vision
+from mindspore.dataset import transforms, vision
 
 from localmim.config import DataConfig
-from localmim.data.augment import ERASE, RAND_AUGMENT, RandAugment, RandomErasing, generator, parse_policy
-from localmim.data.sources import Source, UnreadableImage, decode
+from localmim.data.augment import (
+    CROP,
+    ERASE,
+    RAND_AUGMENT,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    generator,
+    parse_policy,
+)
+from localmim.data.sources import Source, UnreadableImage, decode, numbered
 from localmim.errors import UserError
 
 log = logging.getLogger("localmim.data")
@@ -40,6 +49,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PILLOW = vision.Inter.PILCUBIC  # Pillow's antialiased bicubic, which MindData has for 8 bit RGB alone
 INTERPOLATION = {"bicubic": vision.Inter.BICUBIC, "bilinear": vision.Inter.BILINEAR}
 EVAL_MARGIN = 256 / 224  # short side after resizing, in units of the crop
+READ_ROWS = 32  # images that come out of MindData at a time
+MOST_STAND_INS = 64  # images that are looked at together for one place
 
 Rows = tuple[np.ndarray, np.ndarray]  # images float32 [n, C, H, W], sample numbers int32 [n]
 
@@ -86,12 +97,11 @@ class BadImages:
         self.source, self.max_share, self.total = source, max_share, total
         self.ids: set[int] = set()
 
-    def add(self, sample: int, in_chans: int, instead: str) -> None:
+    def add(self, sample: int, reason: str, instead: str) -> None:
         """Logs image `sample` if it is new. UserError past the share."""
         if sample in self.ids:
             return
         self.ids.add(sample)
-        reason = unreadable_reason(self.source, sample, in_chans) or "MindData's decoder refuses it"
         log.warning("data: cannot read %s: %s; %s", self.source.name(sample), reason, instead)
         if len(self.ids) > self.max_share * self.total:
             first = sorted(self.ids)[:10]
@@ -102,35 +112,28 @@ class BadImages:
             )
 
 
-def unreadable_reason(source: Source, sample: int, in_chans: int = 3) -> str | None:
-    """Why an image cannot be read or decoded; None when it can."""
-    try:
-        image = source[sample]
-        if source.encoded:
-            decode(image, in_chans)
-    except UnreadableImage as error:
-        return str(error)
-    return None
+class ImageOp:
+    """A Python function in a MindData map, called in its threads.
 
+    The first error is kept for whoever takes the batches, and `blank` comes out from then on: MindData would make a
+    RuntimeError with pages of text of it.
 
-class PerSample:
-    """A MindData op over (image, sample) that gives `call` the image and random numbers of its own.
-
-    The first error is kept and the images stay as they are from then on: MindData would leave out the image of an op
-    that raises. Who takes the batches raises `error`.
+    Args:
+        call: gives an image [H, W, C] for the columns of a row.
+        blank: what stands for an image that there is none of.
     """
 
-    def __init__(self, call: Callable, seed: int, epoch: int, purpose: int):
-        self.call, self.seed, self.epoch, self.purpose = call, seed, epoch, purpose
+    def __init__(self, call: Callable[..., np.ndarray], blank: np.ndarray):
+        self.call, self.blank = call, blank
         self.error: Exception | None = None
 
-    def __call__(self, image: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, *columns: np.ndarray) -> np.ndarray:
         if self.error is None:
             try:
-                image = self.call(image, generator(self.seed, self.epoch, int(sample), self.purpose))
+                return self.call(*columns)
             except Exception as error:
                 self.error = error
-        return image, sample
+        return self.blank
 
 
 class TrainPipeline:
@@ -141,11 +144,14 @@ class TrainPipeline:
         config: `data` of the recipe.
         image_size: (height, width) of the crops, pixels.
         in_chans: channels C.
-        batch_size: images a batch on this rank.
-        seed, rank, world: rank r of `world` gets every world-th image of the permutation, from the r-th on.
+        batch_size: images of one step on this rank.
+        seed: of the order and of all that is random.
+        rank, world: rank r of `world` takes the r-th part of a step's images.
+        step_images: images of the permutation that belong to a step, None: world x batch_size. With more, the last ones
+            are left out: a run that goes on with fewer images a step keeps its numbering of steps.
 
     Raises:
-        UserError: fewer images than a batch needs, or a value of `config` that cannot be used.
+        UserError: fewer images than a step needs, or a value of `config` that cannot be used.
     """
 
     def __init__(
@@ -158,11 +164,16 @@ class TrainPipeline:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        step_images: int | None = None,
     ):
-        share = len(source) // world
-        if share < batch_size:
-            each = f", {share} for each of {world} devices" if world > 1 else ""
-            raise UserError(f"data.dir has {len(source)} images{each}, fewer than batch_size {batch_size}")
+        needed = world * batch_size
+        self.step_images = needed if step_images is None else step_images
+        if self.step_images < needed:
+            raise UserError(f"a step has {self.step_images} images, fewer than {world} x batch_size {batch_size}")
+        if len(source) < self.step_images:
+            each = f", {len(source) // world} for each of {world} devices" if world > 1 else ""
+            size = f"batch_size {batch_size}" if self.step_images == needed else f"the {self.step_images} of a step"
+            raise UserError(f"data.dir has {len(source)} images{each}, fewer than {size}")
         low, high = config.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"data.crop_scale is {config.crop_scale}, expected 0 < low <= high <= 1")
@@ -173,18 +184,19 @@ class TrainPipeline:
         policy = parse_policy(config.rand_augment) if config.rand_augment else None
         if policy and in_chans != 3:
             raise UserError(f"data.rand_augment needs colour images, but model.in_chans is {in_chans}")
-        if config.segment_steps < 1:
-            raise UserError(f"data.segment_steps is {config.segment_steps}, expected 1 or more")
         self.source, self.config, self.image_size, self.in_chans = source, config, tuple(image_size), in_chans
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.workers = resolve_workers(config.workers)
         self.mean, self.std = resolve_mean_std(config, in_chans)
+        shape = (in_chans, 1, 1)
+        self.shift, self.scale = (self.mean * 255).reshape(shape), 1 / (self.std * np.float32(255)).reshape(shape)
+        self.crop = RandomCrop(config.crop_scale, config.crop_ratio, config.hflip)
         self.erase = RandomErasing(config.erase) if config.erase else None
         self.rand_augment = None
         if policy:
             self.rand_augment = RandAugment(policy, np.rint(self.mean * 255).astype(int).tolist(), config.interpolation)
-        self.steps_per_epoch = share // batch_size
-        self.bad = BadImages(source, config.max_bad_share, share)
+        self.steps_per_epoch = len(source) // self.step_images
+        self.bad = BadImages(source, config.max_bad_share, len(source))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -193,27 +205,17 @@ class TrainPipeline:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, ready for JSON. The position (epoch, step) is the caller's."""
-        return {"bad": sorted(self.bad.ids), "workers": self.workers, "fingerprint": self.fingerprint}
+        return {"bad": sorted(self.bad.ids), "fingerprint": self.fingerprint}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave. UserError when the data set is another one."""
         if state["fingerprint"] != self.fingerprint:
             raise UserError("data.dir: not the data set that the run began with (names, labels or sizes differ)")
         self.bad.ids = set(state["bad"])
-        if state["workers"] != self.workers:
-            if state["workers"] <= (os.cpu_count() or 1):
-                self.workers = state["workers"]
-            else:
-                log.warning(
-                    "data: the run began with %d workers, this machine has %d cores: crops will not be the same ones",
-                    state["workers"],
-                    os.cpu_count(),
-                )
 
     def order(self, epoch: int) -> np.ndarray:
-        """This rank's images in the order of an epoch, int32 [N // world]."""
-        permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.source)).astype(np.int32)
-        return permutation[: len(permutation) // self.world * self.world][self.rank :: self.world]
+        """All images in the order of an epoch, int32 [N]: step s has those from s x step_images on."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.source)).astype(np.int32)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches start_step, start_step + 1, ... of an epoch; those of `epoch(epoch)`, bit for bit.
@@ -221,86 +223,143 @@ class TrainPipeline:
         Raises:
             UserError: more unreadable images than `data.max_bad_share`.
         """
-        order = self.order(epoch)
-        length = self.config.segment_steps
-        for segment in range(start_step // length, math.ceil(self.steps_per_epoch / length)):
-            first = segment * length
-            steps = min(length, self.steps_per_epoch - first)
-            for step, (images, ids) in enumerate(self._segment(order, epoch, segment, steps), first):
-                if step >= start_step:
-                    yield Batch(images, ids, self.source.labels[ids])
+        with closing(self._batches(epoch, start_step)) as batches:
+            for batch, unreadable in one_ahead(batches):
+                for sample, reason in unreadable:  # now, not when it is found: that is one batch ahead, more or less
+                    self.bad.add(sample, reason, "another image takes its place")
+                yield batch
 
-    def _segment(self, order: np.ndarray, epoch: int, segment: int, steps: int) -> Iterator[Rows]:
-        """The batches of one segment. A second, third, ... pipeline fills it up when images were skipped."""
-        begin = segment * self.config.segment_steps * self.batch_size
-        queue = np.roll(order, -begin)  # this segment's images, then those that may stand in for unreadable ones
-        missing = steps * self.batch_size
-        readable: list[np.ndarray] = []  # sample numbers
-        rest = np.empty(0, np.float32), np.empty(0, np.int32)  # rows that do not fill a batch yet
-        attempt = 0
-        while missing:
-            if not len(queue):  # the segment is all of the epoch: its own images once more
-                queue = np.unique(np.concatenate(readable)) if readable else queue
-            if not len(queue):
+    def _batches(self, epoch: int, start_step: int) -> Generator[tuple[Batch, list[tuple[int, str]]], None, None]:
+        """Batches, and what could not be read on the way to each: numbers and reasons."""
+        order, found = self.order(epoch), []
+        steps = np.arange(start_step, self.steps_per_epoch)[:, None] * self.step_images
+        places = steps + self.rank * self.batch_size + np.arange(self.batch_size)  # [steps, B], in order
+        with closing(self._read(order[places.ravel()], epoch, found)) as rows:
+            for own in places:
+                images = np.empty((self.batch_size, self.in_chans, *self.image_size), np.float32)
+                ids, missing = order[own], []
+                for slot, (pixels, sample) in enumerate(islice(rows, self.batch_size)):
+                    if pixels is None:
+                        missing.append(slot)
+                    else:
+                        self._finish(pixels, sample, epoch, images[slot])
+                if missing:
+                    self._stand_in(images, ids, {slot: int(own[slot]) for slot in missing}, order, epoch, found)
+                yield Batch(images, ids, self.source.labels[ids]), found.copy()
+                found.clear()
+
+    def _stand_in(
+        self,
+        images: np.ndarray,
+        ids: np.ndarray,
+        places: dict[int, int],
+        order: np.ndarray,
+        epoch: int,
+        found: list[tuple[int, str]],
+    ) -> None:
+        """Fills the slots of a batch whose images cannot be read; `places` says where in `order` these stand."""
+        queues = {slot: self._followers(order, place) for slot, place in places.items()}
+        number = 1
+        while queues:
+            looked_at = {slot: list(islice(queue, number)) for slot, queue in queues.items()}
+            if not all(looked_at.values()):
                 raise UserError(f"data.dir: none of {len(order)} images can be read")
-            rows, queue = queue[:missing], queue[missing:]
-            stream = np.random.SeedSequence([self.seed, epoch, segment, self.rank, attempt])
-            for images, ids in self._rows(rows, int(stream.generate_state(1)[0]), epoch):
-                missing -= len(ids)
-                readable.append(ids)
-                if len(rest[1]):
-                    images, ids = (np.concatenate(pair) for pair in zip(rest, (images, ids)))
-                while len(ids) >= self.batch_size:
-                    yield images[: self.batch_size], ids[: self.batch_size]
-                    images, ids = images[self.batch_size :], ids[self.batch_size :]
-                rest = images, ids
-            attempt += 1
+            readable = {}
+            rows = np.array(sorted(set().union(*looked_at.values())), np.int32)
+            for batch, numbers in self._rows(rows, epoch, found):
+                readable.update(zip(numbers.tolist(), batch))
+            for slot, samples in looked_at.items():
+                for sample in samples:
+                    if sample in readable:
+                        images[slot], ids[slot] = readable[sample], sample
+                        del queues[slot]
+                        break
+            number = min(2 * number, MOST_STAND_INS)
 
-    def _rows(self, rows: np.ndarray, seed: int, epoch: int = 0) -> Iterator[Rows]:
-        """Augmented images of `rows` and their numbers, in order and without the unreadable ones."""
-        ds.config.set_error_samples_mode(ds.config.ErrorSamplesMode.SKIP)  # read while running: stays set
-        ds.config.set_seed(seed)  # read when the iterator is made
-        dataset, maps = self.source.dataset(rows, self.workers), self._maps(epoch)
-        for op in maps:
-            columns = ["image", "sample"] if isinstance(op, PerSample) else ["image"]
-            dataset = dataset.map(op, columns, columns, num_parallel_workers=self.workers)
-        batches = dataset.batch(self.batch_size, num_parallel_workers=1)
-        iterator = batches.create_tuple_iterator(num_epochs=1, output_numpy=True)
-        place = 0  # in rows: the next one that is expected
+    def _followers(self, order: np.ndarray, place: int) -> Iterator[int]:
+        """What may stand in for order[place]: the images at its place in later steps, then the next place's, ..."""
+        step, column = divmod(place, self.step_images)
+        for offset in range(self.step_images):
+            images = order[(column + offset) % self.step_images :: self.step_images]
+            yield from np.roll(images, -step - 1).tolist()
+
+    def _rows(self, rows: np.ndarray, epoch: int, found: list[tuple[int, str]]) -> Iterator[Rows]:
+        """Augmented images of `rows` and their numbers, in order; the unreadable ones go to `found` instead."""
+        with closing(self._read(rows, epoch, found)) as read:
+            while part := list(islice(read, self.batch_size)):
+                part = [(pixels, sample) for pixels, sample in part if pixels is not None]
+                images = np.empty((len(part), self.in_chans, *self.image_size), np.float32)
+                for image, (pixels, sample) in zip(images, part):
+                    self._finish(pixels, sample, epoch, image)
+                yield images, np.asarray([sample for _, sample in part], np.int32)
+
+    def _finish(self, pixels: np.ndarray, sample: int, epoch: int, image: np.ndarray) -> None:
+        """Normalises (and erases) `pixels`, 0..255 [C, H, W], into `image`, float32 [C, H, W]."""
+        np.subtract(pixels, self.shift, out=image)
+        image *= self.scale
+        if self.erase:
+            erased = self.erase(image, generator(self.seed, epoch, sample, ERASE))
+            if erased is not image:
+                image[:] = erased
+
+    def _read(
+        self, rows: np.ndarray, epoch: int, found: list[tuple[int, str]]
+    ) -> Generator[tuple[np.ndarray | None, int], None, None]:
+        """The images `rows` in order, cropped: pixels 0..255 [C, H, W], uint8 or float32, and the number of each.
+
+        Of one that cannot be read the number and the reason are added to `found`; its pixels are None.
+        """
+        unreadable: dict[int, str] = {}  # number: reason
+        blank = np.zeros((*self.image_size, 3 if self.source.encoded else self.in_chans), np.uint8)
+
+        def load(stored: np.ndarray, sample: np.ndarray) -> np.ndarray:
+            try:
+                image = self.source.image(stored)
+                image = decode(image, 3) if self.source.encoded else image
+            except UnreadableImage as error:
+                unreadable[int(sample)] = str(error)
+                return blank
+            part = self.crop(image, generator(self.seed, epoch, int(sample), CROP))
+            return part if part.dtype == np.uint8 else part * np.float32(255)
+
+        def augment(image: np.ndarray, sample: np.ndarray) -> np.ndarray:
+            return self.rand_augment(image, generator(self.seed, epoch, int(sample), RAND_AUGMENT))
+
+        resize, last = self._operators()
+        ops = [ImageOp(load, blank)]
+        columns = ["stored", "sample"], ["image"]
+        dataset = self.source.dataset(rows)
+        if self.rand_augment:
+            ops.append(ImageOp(augment, blank))
+            dataset = dataset.map([ops[0], *resize], *columns, num_parallel_workers=self.workers)
+            dataset, columns = numbered(dataset, rows), (["image", "sample"], ["image"])
+            resize = []
+        dataset = dataset.map([ops[-1], *resize, *last], *columns, num_parallel_workers=self.workers)
+        dataset = dataset.batch(READ_ROWS, num_parallel_workers=1)
+        iterator = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)
         try:
-            for images, ids in iterator:
-                for op in maps:
-                    if isinstance(op, PerSample) and op.error:
+            for first, (images,) in zip(count(0, READ_ROWS), iterator):
+                for op in ops:
+                    if op.error:
                         raise op.error
-                end = place + 1 + int(np.flatnonzero(rows[place:] == ids[-1])[0])
-                self._report(np.setdiff1d(rows[place:end], ids))
-                place = end
-                yield images.reshape(len(ids), self.in_chans, *self.image_size), ids
-            self._report(rows[place:])
+                images = images.reshape(-1, self.in_chans, *self.image_size)
+                for pixels, sample in zip(images, rows[first : first + READ_ROWS].tolist()):
+                    if sample in unreadable:
+                        found.append((sample, unreadable[sample]))
+                    yield None if sample in unreadable else pixels, sample
         finally:
             iterator.stop()
 
-    def _report(self, skipped: np.ndarray) -> None:
-        for sample in skipped:
-            self.bad.add(int(sample), self.in_chans, "another image takes its place")
-
-    def _maps(self, epoch: int) -> list[list | PerSample]:
-        """Bytes or (H, W, C) to normalised float32 (C, H, W), or (H, W) for encoded grey images: map after map."""
-        crop_op = vision.RandomCropDecodeResize if self.source.encoded else vision.RandomResizedCrop
-        scale, ratio = tuple(self.config.crop_scale), tuple(self.config.crop_ratio)
+    def _operators(self) -> tuple[list, list]:
+        """MindData's operators on a crop (h, w, C): to the image's size, then to the form that leaves MindData."""
         pillow = self.config.interpolation == "bicubic" and self.source.eight_bit_rgb
-        crop = [crop_op(self.image_size, scale, ratio, PILLOW if pillow else INTERPOLATION[self.config.interpolation])]
-        if self.config.hflip:
-            crop.append(vision.RandomHorizontalFlip(self.config.hflip))
+        resize = [vision.Resize(self.image_size, PILLOW if pillow else INTERPOLATION[self.config.interpolation])]
+        last = [vision.HWC2CHW()]
         if self.source.encoded and self.in_chans == 1:
-            crop.append(vision.ConvertColor(vision.ConvertMode.COLOR_RGB2GRAY))
-        normalise = [vision.Normalize((self.mean * 255).tolist(), (self.std * 255).tolist()), vision.HWC2CHW()]
-        maps: list[list | PerSample] = [[*crop, *normalise]]
-        if self.rand_augment:
-            maps = [crop, PerSample(self.rand_augment, self.seed, epoch, RAND_AUGMENT), normalise]
-        if self.erase:
-            maps.append(PerSample(self.erase, self.seed, epoch, ERASE))
-        return maps
+            last.insert(0, vision.ConvertColor(vision.ConvertMode.COLOR_RGB2GRAY))
+        if not self.source.eight_bit_rgb:  # types may differ from image to image
+            last.append(transforms.TypeCast(np.float32))
+        return resize, last
 
 
 def eval_batches(
@@ -334,13 +393,13 @@ def eval_batches(
     workers = resolve_workers(config.workers)
     bad = BadImages(source, config.max_bad_share, len(source))
 
-    def prepare(job: tuple[int, Callable[[], np.ndarray]]) -> tuple[int, np.ndarray | None]:
+    def prepare(job: tuple[int, Callable[[], np.ndarray]]) -> tuple[int, np.ndarray | UnreadableImage]:
         sample, load = job
         try:
             image = load()
             image = decode(image, in_chans) if source.encoded else image
-        except UnreadableImage:
-            return sample, None
+        except UnreadableImage as error:
+            return sample, error
         image = _centre_crop(image, *image_size)
         image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
         return sample, ((image - mean) / std).transpose(2, 0, 1)  # C H W
@@ -352,8 +411,8 @@ def eval_batches(
         return Batch(np.stack([image for _, image in kept]).astype(np.float32), ids, source.labels[ids])
 
     for sample, image in ordered_map(prepare, source.loaders(samples), workers):
-        if image is None:
-            bad.add(sample, in_chans, "it is left out")
+        if isinstance(image, UnreadableImage):
+            bad.add(sample, str(image), "it is left out")
             continue
         kept.append((sample, image))
         if len(kept) == batch_size:
@@ -409,3 +468,13 @@ def ordered_map(call: Callable, items: Iterable, threads: int) -> Iterator:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+
+
+def one_ahead(items: Iterator) -> Iterator:
+    """The same items; while one is in use, a thread makes the next."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item

@@ -1,6 +1,6 @@
 """A source is random access to the images of a data set, whatever they are stored in.
 
-`len(s)` images; `s[i]` is image i, either encoded (1-D uint8, the bytes of a file, for MindData's decoder) or a decoded
+`len(s)` images; `s[i]` is image i, either encoded (1-D uint8, the bytes of a file, for `decode`) or a decoded
 array (H, W, C), uint8 0..255 or float32 0..1; `s.name(i)` is what a person would look for; `s.labels[i]` is its class,
 -1 when there is none. The order is fixed by names alone, so sample numbers mean the same in every run.
 
@@ -27,7 +27,6 @@ import cv2
 import mindspore.dataset as ds
 import numpy as np
 
-from localmim.data.jpeg import is_plain_jpeg
 from localmim.errors import UserError
 
 log = logging.getLogger("localmim.data")
@@ -51,7 +50,7 @@ def decode(raw: np.ndarray, in_chans: int) -> np.ndarray:
 
     Returns:
         (H, W, in_chans), uint8 0..255, or float32 in units of 1 for files of 16 bits and of floats.
-        The orientation tag is ignored, as MindData and Pillow do.
+        The orientation tag is ignored, as Pillow does.
 
     Raises:
         UnreadableImage: damaged, not an image, or another number of channels.
@@ -59,7 +58,7 @@ def decode(raw: np.ndarray, in_chans: int) -> np.ndarray:
     if raw.size == 0:
         raise UnreadableImage("the file is empty")
     flags = {
-        3: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
+        3: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
         1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
     }
     try:
@@ -71,7 +70,7 @@ def decode(raw: np.ndarray, in_chans: int) -> np.ndarray:
         kind = {b"\xff\xd8\xff": "JPEG", b"\x89PN": "PNG"}.get(head[:3])
         raise UnreadableImage(f"truncated or damaged {kind}" if kind else f"not a known image format (begins {head!r})")
     image = np.atleast_3d(image)  # H W C
-    if image.shape[2] in (3, 4):
+    if in_chans != 3 and image.shape[2] in (3, 4):
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
     return _checked(image, in_chans)
 
@@ -94,38 +93,16 @@ def _checked(image: np.ndarray, in_chans: int) -> np.ndarray:
     return image
 
 
-def for_minddata(raw: np.ndarray) -> np.ndarray:
-    """The bytes of an image file in a form that MindData's decoder copes with.
-
-    Plain JPEG files, and formats that MindData leaves to OpenCV, stay as they are. Anything else (a JPEG that is
-    progressive, CMYK or suspect; WebP, which MindData lacks) is decoded here and handed over uncompressed.
-
-    Args:
-        raw: 1-D uint8, the file.
-
-    Returns:
-        `raw`, or a BMP file, 1-D uint8.
-
-    Raises:
-        UnreadableImage: as `decode`.
-    """
-    if is_plain_jpeg(raw) or raw[:2].tobytes() in (b"\x89P", b"BM", b"II", b"MM", b"P5", b"P6"):
-        return raw
-    return cv2.imencode(".bmp", decode(raw, 3)[..., ::-1])[1]
-
-
 class Source(ABC):
     """Base of all sources.
 
     Attributes:
         encoded: True when `s[i]` is the bytes of a file, False when it is an array.
-        costly: True when `s[i]` decodes an image.
         labels: int32 [N], -1 where there is none.
         class_names: names of the classes, empty when there are no labels.
     """
 
     encoded: bool = True
-    costly: bool = False
     labels: np.ndarray
     class_names: list[str]
 
@@ -134,7 +111,7 @@ class Source(ABC):
 
     @property
     def eight_bit_rgb(self) -> bool:
-        """Whether all images are 8 bit RGB where they are cropped; what MindData decodes is."""
+        """Whether all images are 8 bit RGB where they are cropped for training; what is decoded there is."""
         return self.encoded
 
     @abstractmethod
@@ -168,36 +145,18 @@ class Source(ABC):
         for i in order:
             yield int(i), partial(self.__getitem__, int(i))
 
-    def dataset(self, order: np.ndarray, threads: int) -> ds.Dataset:
-        """A MindData data set with columns `image`, `sample` (int32) that reads the images `order` (int32) in order.
+    def dataset(self, order: np.ndarray) -> ds.Dataset:
+        """The images `order` (int32) in order: columns `stored`, which `image` takes, and `sample` (int32)."""
+        return ds.NumpySlicesDataset({"stored": order, "sample": order}, shuffle=False)
 
-        An image that cannot be read comes out empty, so that the op that gets it fails and the row is skipped there.
-        """
-        return ds.GeneratorDataset(
-            _Rows(self, order),
-            ["image", "sample"],
-            shuffle=False,
-            num_parallel_workers=threads if self.costly else 1,  # one thread reads bytes faster than several do
-            python_multiprocessing=False,
-        )
+    def image(self, stored: np.ndarray) -> np.ndarray:
+        """`s[i]` of a row of `dataset`; may be called in any thread."""
+        return self[int(stored)]
 
 
-class _Rows:
-    """What GeneratorDataset reads: row k is image order[k], float arrays in units of 1/255."""
-
-    def __init__(self, source: Source, order: np.ndarray):
-        self.source, self.order = source, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, k: int) -> tuple[np.ndarray, np.int32]:
-        sample = self.order[k]
-        try:
-            image = self.source[int(sample)]
-        except UnreadableImage:
-            return np.empty(0, np.uint8), sample
-        return (image if image.dtype == np.uint8 else image * np.float32(255)), sample
+def numbered(rows: ds.Dataset, order: np.ndarray) -> ds.Dataset:
+    """`rows` with a column `sample` besides: its values are `order`."""
+    return ds.zip((rows, ds.NumpySlicesDataset({"sample": order}, shuffle=False)))
 
 
 class FileSource(Source):
@@ -208,14 +167,13 @@ class FileSource(Source):
         names: relative paths, in the order of sample numbers.
         labels: class of each, or None.
         class_names: names of the classes.
-        in_chans: 3 and 1 leave the decoding to MindData; other numbers, and .npy files, are decoded here.
+        in_chans: 3 and 1 leave the decoding to the caller; other numbers, and .npy files, are decoded here.
     """
 
     def __init__(self, root: Path, names: list[str], labels: list[int] | None, class_names: list[str], in_chans: int):
         self.root, self.names, self.class_names, self.in_chans = root, names, class_names, in_chans
         self.labels = np.full(len(names), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         self.encoded = in_chans in (1, 3) and not any(name.lower().endswith(".npy") for name in names)
-        self.costly = not self.encoded
 
     def __getitem__(self, i: int) -> np.ndarray:
         path = os.path.join(self.root, self.names[i])
@@ -225,7 +183,7 @@ class FileSource(Source):
             raw = np.fromfile(path, np.uint8)
         except (OSError, ValueError, EOFError) as error:
             raise UnreadableImage(getattr(error, "strerror", None) or str(error).split("\n")[0]) from None
-        return for_minddata(raw) if self.encoded else decode(raw, self.in_chans)
+        return raw if self.encoded else decode(raw, self.in_chans)
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -319,25 +277,18 @@ class MindRecordSource(Source):
         for i, (record,) in zip(order, rows):
             yield int(i), partial(np.frombuffer, record.tobytes(), np.uint8)
 
-    def dataset(self, order: np.ndarray, threads: int) -> ds.Dataset:
-        images = self._records(self.column, order).map(
-            _screened, [self.column], ["image"], num_parallel_workers=threads
-        )
-        return ds.zip((images, ds.NumpySlicesDataset({"sample": order}, shuffle=False)))
+    def dataset(self, order: np.ndarray) -> ds.Dataset:
+        """As of any source, but `stored` is a record that MindData has read, and read ahead."""
+        return numbered(self._records(self.column, order).rename([self.column], ["stored"]), order)
+
+    def image(self, stored: np.ndarray) -> np.ndarray:
+        return np.frombuffer(stored.tobytes(), np.uint8)
 
     def name(self, i: int) -> str:
         return self.names[i]
 
     def _size(self, i: int) -> int:
         return sum(os.path.getsize(file) for file in self.files)
-
-
-def _screened(record: np.ndarray) -> np.ndarray:
-    """`for_minddata` for the bytes in a MindRecord row; empty when they are no image."""
-    try:
-        return for_minddata(np.frombuffer(record.tobytes(), np.uint8))
-    except UnreadableImage:
-        return np.empty(0, np.uint8)
 
 
 def open_source(path: str, format: str = "auto", in_chans: int = 3, evaluation: bool = False) -> Source:

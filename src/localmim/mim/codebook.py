@@ -151,7 +151,13 @@ class _InOrder(TrainPipeline):
     """Every readable image once, in the order of the sample numbers, through the transforms of training."""
 
     def batches(self) -> Iterator[Rows]:
-        return self._rows(np.arange(len(self.source), dtype=np.int32), IDS_SEED)
+        unreadable: list[tuple[int, str]] = []
+        for rows in self._rows(np.arange(len(self.source), dtype=np.int32), IDS_SEED, unreadable):
+            yield rows
+            while unreadable:
+                self.bad.add(*unreadable.pop(0), "it is left out")
+        for sample, reason in unreadable:
+            self.bad.add(sample, reason, "it is left out")
 
 
 def store_ids(

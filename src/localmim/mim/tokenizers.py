@@ -380,7 +380,7 @@ def _mapped(file: str) -> dict[str, np.ndarray]:
 def require_fixed_crops(config: DataConfig, image_size: tuple[int, int]) -> None:
     """Stored ids fit only if an image comes with the same geometry every time: the largest crop of the model's shape.
 
-    With these values MindData takes the centre crop. (An image whose sides are within a pixel of the crop's shape is
+    `RandomCrop` then takes the centre crop. (An image whose sides are within a pixel of the crop's shape is
     the exception: its crop may be placed one pixel of the original off.)
 
     Args:
