@@ -42,13 +42,17 @@ if [ -n "${PYTHON:-}" ]; then
     python=$PYTHON
     export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 else
-    if [ -n "$dry_run" ]; then
-        requirements=requirements.txt
+    if [ -n "$dry_run" ]; then # installs nothing either
+        if [ ! -x .venv/bin/python ]; then
+            echo "error: --dry-run needs .venv, which the first run makes, or PYTHON set to a Python with the packages" >&2
+            exit 2
+        fi
+        PATH=$PWD/.venv/bin:$PATH
     elif [ "$device" = gpu ] || [ "$device" = ascend ]; then
         python=$(find_python)
         PYTHONPATH=src "$python" -m localmim.doctor --need-driver "$name" # before anything is downloaded for it
     fi
-    use_environment "$requirements"
+    [ -n "$dry_run" ] || use_environment "$requirements"
     python=python
 fi
 

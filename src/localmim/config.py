@@ -43,6 +43,7 @@ class ModelConfig:
     )
     drop_path: Optional[float] = None  # classifiers: stochastic depth, the rate of the last block
     norm_eps: Optional[float] = None  # Swin classifiers: of every LayerNorm
+    recompute: bool = False  # compute the blocks' activations again on the way back (a CPU saves no memory by it)
 
 
 @dataclass
@@ -71,7 +72,7 @@ class DataConfig:
     dir: str = ""  # a folder of images or of class folders, a list file, CIFAR binaries, or MindRecord files
     val_dir: str = ""  # classifiers: labelled images to evaluate on, in the same forms
     format: Literal["auto", "folder", "list", "cifar10", "cifar100", "mindrecord"] = "auto"
-    workers: int = 0  # threads that decode and crop; 0: one a core, at most 8
+    workers: int = 0  # threads that decode and crop, on each device; 0: its share of the cores, at most 8
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, share of the image
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width by height of the random crop
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops; bilinear shrinks without antialiasing
@@ -80,8 +81,8 @@ class DataConfig:
     erase: float = 0.0  # probability that a random rectangle is filled with noise
     mean: Optional[list[float]] = None  # a value a channel, of pixels in [0, 1]; null: ImageNet's, or 0.5
     std: Optional[list[float]] = None
+    sink: bool = False  # GPU and Ascend: the next steps' inputs are sent to the device while it computes
     max_bad_share: float = 0.01  # stop when more than this share of the images cannot be read
-    segment_steps: int = 256  # steps from one restart of the augmentation's random stream to the next
 
 
 @dataclass
@@ -136,6 +137,8 @@ class Config:
     epochs: int = 100
     batch_size: int = 256  # images a device and a forward pass
     accumulate: int = 1  # forward passes an optimizer step
+    shared_draws: bool = False  # what is drawn by batch (a Swin's mask, mixup) is drawn once a step for all devices
+    wait_limit_s: float = 1800  # several devices: end when the others take longer for a step or a checkpoint
     max_steps: Optional[int] = None  # stop early, after this many optimizer steps; the schedule does not change
     reference_quirks: bool = False  # compute what the authors' code does where it is peculiar, see docs/quirks.md
     max_bad_steps: int = 20  # stop after this many non-finite steps in a row
@@ -155,6 +158,9 @@ class Config:
 
 def _plain_dict(items: list) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+
+
+RETIRED = {"data": ("segment_steps",)}  # keys that checkpoints of earlier versions hold
 
 
 def load_config(argv: list[str]) -> Config:
@@ -185,11 +191,14 @@ def load_config(argv: list[str]) -> Config:
 
 
 def config_from_dict(values: dict) -> Config:
-    """The config that `Config.as_dict` gave, for example out of a checkpoint.
+    """The config that `Config.as_dict` gave, for example out of a checkpoint; keys of earlier versions are left out.
 
     Raises:
         UserError: As `load_config`.
     """
+    for section, keys in RETIRED.items():
+        if isinstance(values.get(section), dict):
+            values = {**values, section: {k: v for k, v in values[section].items() if k not in keys}}
     return _typed(values, [])
 
 
@@ -261,6 +270,8 @@ def check_ranges(config: Config) -> None:
             raise UserError(f"{key} is {getattr(config, key)}, expected at least {least}")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
+    if config.wait_limit_s <= 0:
+        raise UserError(f"wait_limit_s is {config.wait_limit_s:g}, expected more than 0")
     if config.max_steps is not None and config.max_steps < 1:
         raise UserError(f"max_steps is {config.max_steps}, expected at least 1, or null")
     if config.target.vocab < 2:

@@ -7,6 +7,7 @@ is over, the process says so in one line and ends, and the launcher ends the res
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -29,6 +30,12 @@ class _Sum(nn.Cell):
 
     def construct(self, x):
         return self.sum(x)
+
+
+@functools.cache
+def _sum() -> _Sum:
+    """One for all sums: it keeps a compiled graph for each shape."""
+    return _Sum()
 
 
 class Ranks(NamedTuple):
@@ -56,7 +63,7 @@ class Ranks(NamedTuple):
         high = np.floor(values / _UNIT)  # CPUs reduce in float32, which alone would lose counts above 2^24
         parts = np.stack([high, values - high * _UNIT])
         with self.limit(doing):
-            high, low = _Sum()(Tensor(parts, ms.float32)).asnumpy().astype(np.float64)
+            high, low = _sum()(Tensor(parts, ms.float32)).asnumpy().astype(np.float64)
         return high * _UNIT + low
 
     def gather(self, *values: float) -> np.ndarray:
@@ -65,13 +72,15 @@ class Ranks(NamedTuple):
         table[:, self.rank] = values
         return self.total(table.ravel()).reshape(table.shape)
 
-    def union(self, numbers: set[int], below: int) -> set[int]:
-        """Everyone's `numbers`, each at least 0 and smaller than `below`, the same on all."""
-        if self.world == 1 or not self.total(np.array([len(numbers)]))[0]:
+    def union(self, numbers: set[int]) -> set[int]:
+        """Everyone's whole `numbers` from 0 to below 2^36, the same on all."""
+        longest = int(self.gather(len(numbers)).max())
+        if self.world == 1 or not longest:
             return set(numbers)
-        there = np.zeros(below)
-        there[sorted(numbers)] = 1
-        return set(np.flatnonzero(self.total(there)).tolist())
+        table = np.zeros((self.world, 2 ** (longest - 1).bit_length()))  # few widths: each is a graph of its own
+        table[self.rank, : len(numbers)] = np.asarray(sorted(numbers)) + 1
+        table = self.total(table.ravel())
+        return set((table[table > 0] - 1).astype(int).tolist())
 
     def agree(self, error: Exception | None, doing: str) -> None:
         """All go on, or none: raises `error` where there is one, and PeerError where another process has one."""

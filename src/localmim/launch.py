@@ -23,6 +23,7 @@ from localmim import cli, worker
 from localmim.config import load_config
 from localmim.doctor import require
 from localmim.errors import UserError
+from localmim.worker import LOCAL_DEVICES
 
 DEVICES = ("CPU", "GPU", "Ascend")
 CLUSTER_TIME_OUT_S = 600  # how long the processes wait for each other at the start, on all machines
@@ -169,7 +170,11 @@ def make_plan(task: list[str], output: Path, devices: int, machines: Machines, v
     command += [f"--tail_worker_log={world}"]  # no rank has this number: the launcher itself follows a log
     command += [str(Path(worker.__file__).resolve()), str(folder), *task]
     path = variables.get("PATH", os.environ.get("PATH", os.defpath))
-    variables = variables | {"PATH": f"{python_folder()}{os.pathsep}{path}", "PYTHONUNBUFFERED": "1"}
+    variables = variables | {
+        LOCAL_DEVICES: str(devices),
+        "PATH": f"{python_folder()}{os.pathsep}{path}",
+        "PYTHONUNBUFFERED": "1",
+    }
     return Plan(command, variables, folder, range(machines.rank * devices, (machines.rank + 1) * devices))
 
 

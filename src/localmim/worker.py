@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+LOCAL_DEVICES = "LOCALMIM_LOCAL_DEVICES"  # in the environment: processes that share this machine's cores
 HOLD_S = 120.0  # a failed process stays that long where no launcher ends it
 ORPHAN_S = 120.0  # a process that lost its parent got SIGTERM, and has that long to save a checkpoint
 _PR_SET_PDEATHSIG = 1

@@ -72,7 +72,7 @@ def equal(a: dict, b: dict) -> bool:
 
 def test_a_run_that_goes_on_is_bit_for_bit(make):
     """Stopped in the middle of an epoch: mixing, stochastic depth, augmentation, moments and averages all go on."""
-    augmented = {"data": {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5, "segment_steps": 1, "val_dir": ""}}
+    augmented = {"data": {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5, "val_dir": ""}}
     augmented["model"] = {"depth": 2}
     train(make("whole", **augmented))
     train(make("parts", max_steps=3, **augmented))
@@ -91,13 +91,13 @@ def test_what_mixing_and_depth_do_to_the_inputs(make):
     """Soft targets that sum to 1, factors by block and sample; all gone where the recipe has none."""
     run = Run(make())
     batch = next(run.pipeline.epoch(0))
-    ((pixels, targets, drop),) = run.parts(batch, 0)
+    ((pixels, targets, drop),) = run.row(0, 0, batch)[1]
     assert pixels.shape == batch.images.shape and not np.array_equal(pixels, batch.images)
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-5)
     assert targets.min() == pytest.approx(0.01)
     assert drop.shape == (7, 2, 8)
     run = Run(make("plain", model={"drop_path": 0}, classification={"mixup": 0, "cutmix": 0, "label_smoothing": 0}))
-    ((pixels, targets),) = run.parts(batch, 0)
+    ((pixels, targets),) = run.row(0, 0, batch)[1]
     np.testing.assert_array_equal(pixels, batch.images)
     np.testing.assert_array_equal(targets.argmax(1), batch.labels)
     assert set(np.unique(targets)) == {0.0, 1.0}
@@ -174,8 +174,8 @@ def test_nonfinite_steps_stop_with_the_layer(make):
     batch = next(run.pipeline.epoch(0))
     batch.images[0, 0, 0, 0] = np.nan
     with pytest.raises(RunError, match="nonfinite_step_1"):
-        run.advance(batch, 0)
-    part = run.parts(next(run.pipeline.epoch(0)), 0)[0]
+        run.advance(run.row(run.step, 0, batch))
+    part = run.row(0, 0, next(run.pipeline.epoch(0)))[1][0]
     assert first_nonfinite(run.task.network, run.optimizer, part) is None
 
 
@@ -236,13 +236,6 @@ def test_what_shapes_do_not_tell(make):
     assert "pooling was token and is mean" in "\n".join(again.beginning)
     unread = Run(make(init="elsewhere", model={"pool": "token"}))
     assert "init 'elsewhere' is not read" in "\n".join(unread.beginning)
-
-
-def test_one_of_several_workers_is_refused(make, monkeypatch):
-    """Until training on several devices is there: each of them would write the same folder."""
-    monkeypatch.setenv("MS_WORKER_NUM", "2")
-    with pytest.raises(UserError, match="runs on one device"):
-        train(make())
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,10 @@ def test_nonfinite_steps_are_skipped_counted_and_then_stop_with_a_dump(recipe, t
     output.mkdir()
     batch = next(run.pipeline.epoch(0))
     batch.images[1, 0, 3, 4] = np.nan
-    assert not run.advance(batch, 0).finite
+    assert not run.advance(run.row(run.step, 0, batch)).finite
     assert (run.step, run.updates, run.skipped) == (1, 0, 1)
     with pytest.raises(RunError, match="nonfinite_step_2"):
-        run.advance(batch, 0)
+        run.advance(run.row(run.step, 0, batch))
     assert all(np.array_equal(before[n], p.asnumpy()) for n, p in run.model.parameters_and_names())
     report = json.loads((output / "nonfinite_step_2.json").read_text())
     assert report["step"] == 2
@@ -91,7 +91,7 @@ def test_the_dump_names_the_layer_that_breaks(recipe, tmp_path):
     from localmim.training.diagnose import first_nonfinite
 
     run = Run(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
-    part = run.parts(next(run.pipeline.epoch(0)), 0)[0]
+    part = run.row(0, 0, next(run.pipeline.epoch(0)))[1][0]
     assert first_nonfinite(run.task.network, run.optimizer, part) is None
     weight = run.model.encoder.blocks[2].mlp.fc2.weight
     kept = weight.asnumpy()
@@ -107,7 +107,7 @@ def test_introduction_shows_the_arithmetic(recipe, tmp_path):
     """People on one device must see which learning rate they get, and which blocks no tap reads."""
     run = Run(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
     text = "\n".join(introduction(run))
-    assert "lr = 0.5 x 4 / 256 = 0.0078125; effective batch 2 x 2 = 4" in text
+    assert "lr = 0.5 x 4 / 256 = 0.0078125; effective batch, devices x batch x forward passes: 1 x 2 x 2 = 4" in text
     assert "2x4 squares of 8 px, 2 visible" in text
     assert "the top 2 of 7 blocks lie above the last tap" in text
 

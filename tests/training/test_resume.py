@@ -26,7 +26,7 @@ device: CPU
 model: {name: localmim_vit_tiny_patch16_224, image_size: 32, patch_size: 8, embed_dim: 32, depth: 7, num_heads: 2,
         decoder_dim: 16, decoder_heads: 2}
 optimizer: {blr: 1.0e-1, warmup_epochs: 1}
-data: {segment_steps: 3, workers: 2}
+data: {workers: 2}
 checkpoint: {every_steps: 2, keep: 3}
 """
 

@@ -41,6 +41,7 @@ from localmim.data.augment import (
 )
 from localmim.data.sources import Source, UnreadableImage, decode, numbered
 from localmim.errors import UserError
+from localmim.worker import LOCAL_DEVICES
 
 log = logging.getLogger("localmim.data")
 
@@ -68,7 +69,7 @@ def resolve_workers(workers: int) -> int:
     cores = os.cpu_count() or 1
     if not 0 <= workers <= cores:
         raise UserError(f"data.workers is {workers}, expected 0 (choose) to {cores} (the cores of this machine)")
-    return workers or min(cores, 8)
+    return workers or max(1, min(cores // int(os.environ.get(LOCAL_DEVICES, "1")), 8))
 
 
 def resolve_mean_std(config: DataConfig, in_chans: int) -> tuple[np.ndarray, np.ndarray]:

@@ -86,6 +86,6 @@ class RandomMasking:
         key = np.random.SeedSequence((self.seed, epoch, sample)).generate_state(2, np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).random(self.num_patches)
 
-    def __call__(self, epoch: int, samples: np.ndarray) -> TokenMask:
-        """Masks of a batch; `samples` [B] are positions in the data set."""
+    def __call__(self, epoch: int, samples: np.ndarray, draw: int | None = None) -> TokenMask:
+        """Masks of a batch; `samples` [B] are positions in the data set. Each image has its own, whatever the draw."""
         return mask_from_noise(np.stack([self.noise(epoch, int(s)) for s in samples]), self.keep)

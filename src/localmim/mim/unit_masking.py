@@ -50,7 +50,7 @@ class UnitMask:
 class UnitMasking:
     """Hides a share of the units of a batch at random.
 
-    The mask is a function of (seed, epoch, first image of the batch) alone.
+    The mask is a function of (seed, epoch, first image of the batch) alone, or of (seed, epoch, draw).
 
     Args:
         encoder: A SwinTransformer; read are its grids, its windows, its taps and `rows_first`, which says that it is
@@ -76,9 +76,15 @@ class UnitMasking:
         self.coordinates = [self._coordinates(s) for s in range(len(self.stages))]
         self.tap_tokens = [self._tokens(grid) for grid in self.tap_grids]
 
-    def __call__(self, epoch: int, samples: np.ndarray) -> UnitMask:
-        """The mask of a batch; `samples` [B] are positions in the data set."""
-        order = np.argsort(self.random.noise(epoch, int(samples[0])), kind="stable")
+    def __call__(self, epoch: int, samples: np.ndarray, draw: int | None = None) -> UnitMask:
+        """The mask of a batch.
+
+        Args:
+            samples: Positions in the data set, [B].
+            draw: What the mask follows from in place of the first image: the number of the step where all devices and
+                forward passes of a step share one mask.
+        """
+        order = np.argsort(self.random.noise(epoch, int(samples[0]) if draw is None else draw), kind="stable")
         hidden = np.ones(len(order), bool)
         hidden[order[: self.keep]] = False
         return self.mask_of(hidden, len(samples))

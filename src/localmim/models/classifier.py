@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mindspore import Tensor, nn, ops
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 from localmim.models.layers import LayerNorm, Linear
@@ -80,6 +82,44 @@ class Classifier(nn.Cell):
         return self.head(x if self.pool == "normed_mean" else self.norm(x))
 
 
+class FeatureNorm(nn.Cell):
+    """Batch norm of frozen features [B, D] without an affine part: PyTorch's, over the images of all devices.
+
+    Nothing is differentiated through it. The running variance is the unbiased one; the images of a forward pass are
+    normalised by the biased one.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, momentum: float = 0.1):
+        super().__init__()
+        self.moving_mean = Parameter(Tensor(np.zeros(dim, np.float32)), requires_grad=False)
+        self.moving_variance = Parameter(Tensor(np.ones(dim, np.float32)), requires_grad=False)
+        self.eps, self.momentum, self.world = eps, momentum, 1
+        self.sum_over_devices = None
+
+    def share(self, world: int) -> None:
+        """Statistics are those of `world` devices. Call it before the model is compiled."""
+        self.world = world
+        self.sum_over_devices = ops.AllReduce() if world > 1 else None
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[B, D] -> [D], over the images of all devices."""
+        x = x.mean(axis=0)
+        return self.sum_over_devices(x) / self.world if self.world > 1 else x
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, D], float32."""
+        x = x.astype(ms.float32)
+        if not self.training:
+            return (x - self.moving_mean) * ops.rsqrt(self.moving_variance + self.eps)
+        n = x.shape[0] * self.world
+        centre = self.mean(x)
+        variance = self.mean((x - centre) ** 2)
+        unbiased = variance * (n / max(n - 1, 1))
+        ops.assign(self.moving_mean, self.moving_mean + self.momentum * (centre - self.moving_mean))
+        ops.assign(self.moving_variance, self.moving_variance + self.momentum * (unbiased - self.moving_variance))
+        return (x - centre) * ops.rsqrt(variance + self.eps)
+
+
 class LinearProbe(Classifier):
     """A linear classifier on a frozen encoder: pooled features, batch norm without affine part, head.
 
@@ -94,7 +134,7 @@ class LinearProbe(Classifier):
         super().__init__(encoder, num_classes, pool)
         for parameter in encoder.get_parameters():
             parameter.requires_grad = False
-        self.norm = nn.BatchNorm1d(encoder.embed_dim, eps=1e-6, momentum=0.9, affine=False)
+        self.norm = FeatureNorm(encoder.embed_dim)
         self.head.weight.set_data(initializer(TruncatedNormal(0.01), self.head.weight.shape).init_data())
 
     def features(self, images: Tensor, drop: Tensor | None = None) -> Tensor:

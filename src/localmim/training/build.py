@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from mindspore import nn
+
 from localmim.config import Config
 from localmim.errors import UserError
 from localmim.mim.masking import RandomMasking
@@ -11,8 +13,9 @@ from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import Tokenizer, open_tokenizer
 from localmim.mim.unit_masking import UnitMasking
 from localmim.models.classifier import Classifier
+from localmim.models.layers import Block
 from localmim.models.registry import create_model, list_models
-from localmim.models.swin import SwinTransformer
+from localmim.models.swin import SwinBlock, SwinTransformer
 
 
 def build_model(config: Config) -> MaskedImageModel | Classifier:
@@ -23,8 +26,16 @@ def build_model(config: Config) -> MaskedImageModel | Classifier:
     """
     given = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
     name = given.pop("name")
-    if config.task == "pretrain":
-        return build_pretraining_model(name, given, config)
+    recompute = given.pop("recompute")
+    build = build_pretraining_model if config.task == "pretrain" else build_classifier
+    model = build(name, given, config)
+    if recompute:
+        recompute_blocks(model)
+    return model
+
+
+def build_classifier(name: str, given: dict, config: Config) -> Classifier:
+    """The model of a classifier's recipe; `given` are the keys of `model` that are set."""
     given.pop("isolated_gradients")  # of pre-training; its default says nothing
     if config.task == "linear_probe":
         given["probe"] = True
@@ -52,6 +63,13 @@ def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedIma
     if not isinstance(model, MaskedImageModel):
         raise UserError(f"model.name {name} is a classifier, task pretrain needs one of localmim_*")
     return model
+
+
+def recompute_blocks(model: nn.Cell) -> None:
+    """Drops the activations inside each transformer block and computes them again when gradients need them."""
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, (Block, SwinBlock)):
+            cell.recompute()
 
 
 def build_tokenizer(config: Config, model: MaskedImageModel) -> Tokenizer | None:

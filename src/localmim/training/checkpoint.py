@@ -142,6 +142,10 @@ class CheckpointStore:
         self.keep = keep
         self._damaged: set[int] = set()  # steps whose files did not match their hashes
 
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.directory / f"step_{step:08d}"
+
     def save(
         self,
         step: int,
@@ -160,8 +164,9 @@ class CheckpointStore:
         A checkpoint of the same step is replaced. Raises UserError when the disk does not take it; what was saved
         before stays as it was.
         """
-        name = f"step_{step:08d}"
-        final, temporary, replaced = (self.directory / (prefix + name) for prefix in ("", _SAVING, _REPLACED))
+        final = self.path(step)
+        name = final.name
+        temporary, replaced = (self.directory / (prefix + name) for prefix in (_SAVING, _REPLACED))
         metadata = weights_header(step, config, classes)
         contents = {
             WEIGHTS: _tensor_chunks(weights, metadata),

@@ -17,6 +17,7 @@ from localmim.config import Config
 from localmim.data.mix import Mix
 from localmim.data.pipeline import Batch
 from localmim.data.sources import Source, open_source
+from localmim.distributed import Ranks
 from localmim.errors import UserError
 from localmim.evaluation.accuracy import accuracy, class_numbers
 from localmim.models.classifier import Classifier
@@ -52,11 +53,15 @@ class ClassificationLoss(nn.Cell):
 class Classification(Task):
     """Fine-tuning or linear probing.
 
+    Args:
+        ranks: The devices that share the work.
+
     Raises:
         UserError: Something in the config does not fit, or the images have no labels.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, ranks: Ranks):
+        self.ranks = ranks
         in_chans = config.model.in_chans or 3
         self.source = open_source(config.data.dir, config.data.format, in_chans)
         self.classes = labelled(self.source, "data.dir", config.data.dir)
@@ -72,8 +77,11 @@ class Classification(Task):
         self.config = config
         self.model = build_model(config)
         self.network = ClassificationLoss(self.model)
+        if config.task == "linear_probe":
+            self.model.norm.share(ranks.world)
         self.drops = any(self.model.drop_rates)
         self.mix = self.mixing(config)
+        self.pairs = self.mix.mixup is not None
         self.val = None
         if config.data.val_dir:
             self.val = open_source(config.data.val_dir, config.data.format, in_chans, evaluation=True)
@@ -91,6 +99,7 @@ class Classification(Task):
             options.switch_prob,
             options.label_smoothing,
             config.seed,
+            0 if config.shared_draws else self.ranks.rank,
         )
 
     def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
@@ -122,7 +131,8 @@ class Classification(Task):
     def evaluate(self) -> dict[str, float]:
         """Top-1 and top-5 on data.val_dir, percent."""
         self.model.set_train(False)
-        result = accuracy(self.model, self.val, self.config.data, numbers=self.val_numbers, bar=False)
+        numbers, ranks = self.val_numbers, self.ranks
+        result = accuracy(self.model, self.val, self.config.data, numbers=numbers, ranks=ranks, bar=False)
         self.model.set_train(True)
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 

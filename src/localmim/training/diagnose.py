@@ -13,22 +13,23 @@ from localmim.training.step import Optimizer, StepResult
 
 
 def write_dump(
-    output: Path,
+    path: Path,
     step: int,
     network: nn.Cell,
     optimizer: Optimizer,
     parts: list[tuple[np.ndarray, ...]],
     names: list[str],
     result: StepResult,
-) -> Path:
-    """Writes `nonfinite_step_N.json`, and the inputs beside it as .npz; returns the JSON file's path.
+) -> None:
+    """Writes what is known to a JSON file, and the inputs beside it as .npz.
 
     Args:
+        path: The JSON file.
         network: Inputs -> (loss, losses); `activations` of the same inputs names what is computed on the way.
         parts: The network's inputs, a tuple for each forward pass of the step.
         names: The images of the step.
     """
-    path = output / f"nonfinite_step_{step}.json"
+    parts = [tuple(a.asnumpy() if isinstance(a, Tensor) else a for a in part) for part in parts]
     report = {
         "step": step,
         "loss": str(result.loss),
@@ -39,7 +40,6 @@ def write_dump(
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     arrays = [np.stack(group) for group in zip(*parts)]  # the parts of the step, one after the other
     np.savez(path.with_suffix(".npz"), **{f"input_{i}": a for i, a in enumerate(arrays)})
-    return path
 
 
 def first_nonfinite(network: nn.Cell, optimizer: Optimizer, inputs: tuple[np.ndarray, ...]) -> str | None:

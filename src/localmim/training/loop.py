@@ -1,36 +1,44 @@
 """The training loop, the same for every task.
 
 Everything that is random is a function of (seed, epoch, sample), so a run that was killed goes on from its newest
-checkpoint as if nothing had happened, bit for bit on the same machine.
+checkpoint as if nothing had happened, bit for bit on the same machine. Several devices run the same loop in step: each
+takes its share of every batch, gradients and what is measured are reduced, so all of them know the same and decide the
+same. The first one alone writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import os
 import signal
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import yaml
+from mindspore import nn
 
 from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
 from localmim.device import compute_dtype, set_device
+from localmim.distributed import Ranks, join
 from localmim.errors import RunError, UserError
 from localmim.files import replace_text
 from localmim.models.layers import set_compute_dtype
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
 from localmim.training.classification import Classification
 from localmim.training.diagnose import write_dump
+from localmim.training.layout import Layout, begin_layout, changes, resumed_layout
 from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
 from localmim.training.pretraining import Pretraining
-from localmim.training.runlog import RunLog
+from localmim.training.runlog import NoLog, RunLog
 from localmim.training.schedule import WarmupCosine, scaled_lr
+from localmim.training.sink import Row, require_sink, sunk
 from localmim.training.step import LossScaler, StepResult, TrainStep
 from localmim.training.task import Task
 
@@ -41,8 +49,13 @@ TASKS: dict[str, type[Task]] = {
 }
 LARS_TRUST = 0.001
 CHECKPOINTS = "checkpoints"
+# What may differ from machine to machine of one run: where things are.
+DIFFERS_BY_MACHINE = {"device", "init", "data.dir", "data.val_dir", "data.format", "data.workers", "target.codebook"}
 # What may differ when a run goes on: none of it changes what is computed, except how long.
-MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint"} | {
+MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint", "wait_limit_s"} | {
+    *("batch_size", "accumulate"),  # with the number of devices: their product is checked
+    "model.recompute",
+    "data.sink",
     *(f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")),
     "init",  # where a run began
     "classification.eval_every",
@@ -61,17 +74,34 @@ class Run:
     def __init__(self, config: Config):
         # ---- Device, data, model
         self.device = set_device(config.device)
+        self.ranks = join(config.wait_limit_s)
         dtype = compute_dtype(config.precision, self.device)
+        if config.data.sink:
+            require_sink(self.device)
         ms.set_seed(config.seed)
         np.random.seed(config.seed)
-        self.task = TASKS[config.task](config)
+        self.task = TASKS[config.task](config, self.ranks)
         self.config = config = self.task.config
         self.output = Path(config.output_dir)
         self.model = set_compute_dtype(self.task.model, dtype)
         encoder, self.source = self.model.encoder, self.task.source
-        self.effective_batch = config.batch_size * config.accumulate
+
+        # ---- What is there already, and how a step is spread
+        self.store = CheckpointStore(self.output / CHECKPOINTS, config.checkpoint.keep)
+        newest = self.store.latest()
+        self.layout, self.beginning = begin_layout(config, self.ranks.world), []
+        if newest is not None:
+            self.layout, self.beginning = self.spread_as(newest)
         self.pipeline = TrainPipeline(
-            self.source, config.data, encoder.image_size, encoder.in_chans, self.effective_batch, config.seed
+            self.source,
+            config.data,
+            encoder.image_size,
+            encoder.in_chans,
+            self.layout.share,
+            config.seed,
+            self.ranks.rank,
+            self.ranks.world,
+            self.layout.effective_batch,
         )
 
         # ---- Optimizer and schedule
@@ -81,9 +111,15 @@ class Run:
         self.average = None if options.ema_decay is None else WeightAverage(trainable, options.ema_decay)
         self.scaler = LossScaler(config.precision == "fp16")
         self.train_step = TrainStep(
-            self.task.network, self.optimizer, config.accumulate, options.clip_grad, self.scaler, self.average
+            self.task.network,
+            self.optimizer,
+            self.layout.accumulate,
+            options.clip_grad,
+            self.scaler,
+            self.average,
+            self.ranks,
         )
-        self.lr = scaled_lr(options.blr, self.effective_batch) if options.lr is None else options.lr
+        self.lr = scaled_lr(options.blr, self.layout.effective_batch) if options.lr is None else options.lr
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.schedule = WarmupCosine(
             self.lr, options.min_lr, options.warmup_epochs, config.epochs, self.steps_per_epoch
@@ -95,18 +131,52 @@ class Run:
         self.step = self.updates = self.skipped = self.bad_in_a_row = 0
         self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
         self.recorded = True
-        self.store = CheckpointStore(self.output / CHECKPOINTS, config.checkpoint.keep)
-        newest = self.store.latest()
-        self.beginning = self.task.begin() if newest is None else []
-        if newest is not None:
+        if newest is None:
+            self.beginning = self.task.begin()
+            if self.average is not None:
+                self.average.start()
+        else:
             self.resume(newest)
-        elif self.average is not None:
-            self.average.start()
+        self.compare_devices()
 
     @property
     def logged(self) -> int:
         """The last step whose record is written."""
         return self.step if self.recorded else self.step - 1
+
+    # ---- Several devices
+
+    def spread_as(self, checkpoint: Checkpoint) -> tuple[Layout, list[str]]:
+        """How a run that goes on from `checkpoint` spreads its steps over the devices of today; what differs, in lines.
+
+        Raises:
+            UserError: It belongs to a recipe that computes something else.
+        """
+        saved = config_from_dict(checkpoint.config)
+        refuse_other_recipe(saved.as_dict(), self.config.as_dict(), self.output)
+        lines = []
+        if saved.init != self.config.init:
+            lines.append(f"init {self.config.init!r} is not read: this run began with {saved.init!r}")
+        before = checkpoint.state.get("layout")  # a run of an earlier version had one device
+        before = Layout(**before) if before else begin_layout(saved, 1)
+        now = resumed_layout(self.config, self.ranks.world, before.effective_batch, saved, self.task.pairs)
+        return now, lines + changes(before, now)
+
+    def compare_devices(self) -> None:
+        """UserError where the devices have not begun with the same recipe, images and weights at the same step."""
+        if self.ranks.world == 1:
+            return
+        recipe = {k: v for k, v in flatten(self.config.as_dict()).items() if k not in DIFFERS_BY_MACHINE}
+        prints = {
+            "step to go on from (output_dir must be one folder that all machines share)": self.step,
+            "recipe": zlib.crc32(json.dumps(recipe, sort_keys=True).encode()),
+            "images in data.dir": zlib.crc32(self.pipeline.fingerprint.encode()),
+            "initial weights": weights_checksum(self.model),
+        }
+        for what, there in zip(prints, self.ranks.gather(*prints.values())):
+            different = np.flatnonzero(there != there[0])
+            if len(different):
+                raise UserError(f"rank {different[0]} has another {what} than rank 0")
 
     # ---- Checkpoints
 
@@ -114,12 +184,8 @@ class Run:
         """Continues from `checkpoint`.
 
         Raises:
-            UserError: It belongs to a recipe that computes something else.
+            UserError: It belongs to other images or files.
         """
-        saved = config_from_dict(checkpoint.config)
-        refuse_other_recipe(saved.as_dict(), self.config.as_dict(), self.output)
-        if saved.init != self.config.init:
-            self.beginning = [f"init {self.config.init!r} is not read: this run began with {saved.init!r}"]
         state = checkpoint.state
         self.task.check_state(state)
         load_weights(self.model, checkpoint.weights())
@@ -133,11 +199,29 @@ class Run:
         self.recorded = state.get("recorded", True)
 
     def save(self, recorded: bool = True) -> Path:
-        """Writes a checkpoint of this moment.
+        """Writes a checkpoint of this moment; the first device does, and the others wait until it is there.
 
         Args:
             recorded: Whether the step's record is written; if not, a run that goes on from here measures it first.
+
+        Raises:
+            UserError: The disk does not take it.
         """
+        data = self.pipeline.state()
+        data["bad"] = sorted(self.ranks.union(set(data["bad"])))
+        if self.ranks.first:
+            try:
+                self.write(recorded, data)
+                error = None
+            except UserError as failed:
+                error = failed
+        else:
+            error = None
+        self.ranks.agree(error, f"saving step {self.step}")
+        return self.store.path(self.step)
+
+    def write(self, recorded: bool, data: dict) -> None:
+        """The files of a checkpoint; `data` is the pipeline's part of it."""
         state = {
             "step": self.step,
             "recorded": recorded,
@@ -149,11 +233,12 @@ class Run:
             "interval": self.interval,
             **self.task.state(),
             "scaler": self.scaler.state(),
-            "data": self.pipeline.state(),
+            "layout": self.layout._asdict(),
+            "data": data,
         }
         weights = weights_of(self.model)
         average = None if self.average is None else {**weights, **self.average.state()}
-        return self.store.save(
+        self.store.save(
             self.step, weights, self.optimizer.state(), state, self.config.as_dict(), average, self.task.classes
         )
 
@@ -177,20 +262,25 @@ class Run:
 
     # ---- Steps
 
-    def parts(self, batch: Batch, epoch: int) -> list[tuple[np.ndarray, ...]]:
-        """The network's inputs for each forward pass of a step."""
-        size, first = self.config.batch_size, self.step * self.config.accumulate
-        parts = [Batch(*(column[i * size : (i + 1) * size] for column in batch)) for i in range(self.config.accumulate)]
-        return [self.task.inputs(part, epoch, first + i) for i, part in enumerate(parts)]
+    def row(self, step: int, epoch: int, batch: Batch) -> Row:
+        """A step's sample numbers, and the network's inputs for each of its forward passes on this device."""
+        size, count = self.layout.batch_size, self.layout.accumulate
+        parts = [Batch(*(column[i * size : (i + 1) * size] for column in batch)) for i in range(count)]
+        draws = [step if self.config.shared_draws else step * count + i for i in range(count)]
+        return batch.ids, [self.task.inputs(part, epoch, draw) for part, draw in zip(parts, draws)]
 
-    def advance(self, batch: Batch, epoch: int) -> StepResult:
+    def advance(self, row: Row, stop: bool = False) -> StepResult:
         """One optimizer step.
+
+        Args:
+            row: This device's part of it.
+            stop: Whether this device was told to stop.
 
         Raises:
             RunError: Too many non-finite steps in a row; what is known about it is written to the output folder.
         """
-        parts = self.parts(batch, epoch)
-        result = self.train_step(parts, self.schedule.at(self.step), self.updates + 1)
+        ids, parts = row
+        result = self.train_step(parts, self.schedule.at(self.step), self.updates + 1, stop)
         self.step += 1
         if result.finite:
             self.updates += 1
@@ -202,8 +292,11 @@ class Run:
             self.skipped += 1
             self.bad_in_a_row += 1
             if self.bad_in_a_row == self.config.max_bad_steps:
-                names = [self.source.name(int(i)) for i in batch.ids]
-                path = write_dump(self.output, self.step, self.task.network, self.optimizer, parts, names, result)
+                names = [self.source.name(int(i)) for i in ids]
+                whose = f"_rank{self.ranks.rank}" if self.ranks.world > 1 else ""
+                path = self.output / f"nonfinite_step_{self.step}{whose}.json"
+                write_dump(path, self.step, self.task.network, self.optimizer, parts, names, result)
+                self.ranks.agree(None, "looking for the reason")
                 raise RunError(
                     f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient; step, images and layer "
                     f"are in {path}; the newest checkpoint is from before"
@@ -238,67 +331,147 @@ def train(config: Config) -> None:
         UserError: A config, data set or output folder that does not fit.
         RunError: Stopped by a signal (after a checkpoint) or by non-finite steps.
     """
-    if int(os.environ.get("MS_WORKER_NUM", "1")) > 1:
-        raise UserError("training runs on one device so far, and this is one of several workers: start train.py alone")
     run = Run(config)
     if run.step >= run.last_step and run.recorded:
-        print("\n".join([*run.beginning, f"{run.output} is complete: {run.step} steps are done"]))
+        if run.ranks.first:
+            print("\n".join([*run.beginning, f"{run.output} is complete: {run.step} steps are done"]))
         return
-    config = run.config
-    write_config(run.output, config)
-    with stop_signals() as stop, RunLog(run.output, run.last_step, run.logged) as log, warnings_to(log):
+    config, first = run.config, run.ranks.first
+    if first:
+        write_config(run.output, config)
+    open_log = RunLog(run.output, run.last_step, run.logged) if first else NoLog()
+    with stop_signals() as received, open_log as log, warnings_to(log):
         for line in introduction(run):
             log.message(line)
         if not run.recorded:  # stopped while the last step was measured
             log.log(run.step, **record(run, measure(run, log)))
             log.sync()
             path = run.save()
-        waited = spent = 0.0
-        steps = 0
-        begin = time.perf_counter()
-        for epoch in range(run.step // run.steps_per_epoch, config.epochs):
-            batches = run.pipeline.epoch(epoch, run.step % run.steps_per_epoch)
-            for batch in batches:
-                waited += time.perf_counter() - begin
-                result = run.advance(batch, epoch)
-                steps += 1
-                if not result.finite:
-                    log.message(f"step {run.step}: non-finite loss or gradient, the update is skipped")
-                spent += time.perf_counter() - begin
-                begin = time.perf_counter()
+        pace, estimate = Pace(run.ranks), Estimate()
+        rows = Rows(run)
+        for row in sunk(rows) if config.data.sink else rows:
+            pace.waited()
+            result = run.advance(row, bool(received))
+            pace.stepped()
+            if not result.finite:
+                log.message(f"step {run.step}: non-finite loss or gradient, the update is skipped")
+            if line := estimate.line(run):
+                log.message(line)
 
-                # ---- Records
-                measured = {}
-                last = run.step == run.last_step
-                if run.task.evaluation_is_due(run.step, run.steps_per_epoch, last):
-                    if run.save_is_due():  # measuring takes a while, and may fail
-                        run.save(recorded=False)
-                    measured = measure(run, log)
-                    begin = time.perf_counter()
-                if run.step % config.log_every == 0 or last or measured:
-                    log.log(
-                        run.step,
-                        **record(run, measured),
-                        **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
-                        images_per_s=steps * run.effective_batch / spent,
-                        step_s=spent / steps,
-                        data_wait_s=waited / steps,
-                    )
-                    waited, spent, steps = 0.0, 0.0, 0
+            # ---- Records
+            measured = {}
+            last = run.step == run.last_step
+            if run.task.evaluation_is_due(run.step, run.steps_per_epoch, last):
+                if run.save_is_due():  # measuring takes a while, and may fail
+                    run.save(recorded=False)
+                measured = measure(run, log)
+                pace.begin()
+            if run.step % config.log_every == 0 or last or measured:
+                log.log(
+                    run.step,
+                    **record(run, measured),
+                    **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
+                    **pace.record(run.layout),
+                )
 
-                # ---- Checkpoints and stopping
-                if run.save_is_due() or stop:
-                    log.sync()
-                    path = run.save()
-                    if stop:
-                        raise RunError(f"by {stop[0]} after step {run.step}; saved {path}; the same command goes on")
-                    begin = time.perf_counter()
-                if run.step == run.last_step:
-                    log.message(f"done: {run.step} steps, {run.skipped} skipped; {path}")
+            # ---- Checkpoints and stopping
+            if run.save_is_due() or result.stop:
+                log.sync()
+                path = run.save()
+                if result.stop:
+                    signal_name = received[0] if received else "a signal to another device"
+                    raise RunError(f"by {signal_name} after step {run.step}; saved {path}; the same command goes on")
+                pace.begin()
+            if run.step == run.last_step:
+                log.message(f"done: {run.step} steps, {run.skipped} skipped; {path}")
+                return
+
+
+class Rows:
+    """The rows of all steps that are left, in order; each iteration begins at the same one."""
+
+    def __init__(self, run: Run):
+        self.run, self.begin = run, run.step
+
+    def __len__(self) -> int:
+        return self.run.last_step - self.begin
+
+    def __iter__(self) -> Iterator[Row]:
+        step, an_epoch = self.begin, self.run.steps_per_epoch
+        while step < self.run.last_step:
+            for batch in self.run.pipeline.epoch(step // an_epoch, step % an_epoch):
+                yield self.run.row(step, step // an_epoch, batch)
+                step += 1
+                if step == self.run.last_step:
                     return
 
 
-def measure(run: Run, log: RunLog) -> dict[str, float]:
+class Pace:
+    """How long steps take, and how much of it this device waits for images."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.steps, self.waiting, self.spent = 0, 0.0, 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """What came before is not counted."""
+        self.since = time.perf_counter()
+
+    def waited(self) -> None:
+        """The images of a step are there."""
+        self.waiting += time.perf_counter() - self.since
+
+    def stepped(self) -> None:
+        """A step is done."""
+        now = time.perf_counter()
+        self.spent, self.steps, self.since = self.spent + now - self.since, self.steps + 1, now
+
+    def record(self, layout: Layout) -> dict:
+        """Means since the last record: of all devices, and one by one where there are several."""
+        spent, waiting = self.ranks.gather(self.spent / self.steps, self.waiting / self.steps)
+        self.steps, self.waiting, self.spent = 0, 0.0, 0.0
+        self.begin()
+        one_by_one = {}
+        if layout.world > 1:
+            one_by_one = {"images_per_s_rank": layout.share / spent, "data_wait_s_rank": waiting}
+        return {
+            "images_per_s": layout.images / spent.mean(),
+            "step_s": spent.mean(),
+            "data_wait_s": waiting.mean(),
+            **one_by_one,
+        }
+
+
+class Estimate:
+    """One line in the first minute: how long all of the recipe takes. The first step compiles, and does not count."""
+
+    STEPS, SECONDS = 20, 30.0  # enough of either
+
+    def __init__(self):
+        self.since: float | None = None
+        self.steps, self.said = 0, False
+
+    def line(self, run: Run) -> str | None:
+        """After each step: the line when it is time for it."""
+        if self.since is None:
+            self.since = time.perf_counter()
+            return None
+        self.steps += 1
+        spent = time.perf_counter() - self.since
+        if self.said or (self.steps < self.STEPS and spent < self.SECONDS):
+            return None
+        self.said = True
+        step_s, devices = spent / self.steps, run.layout.world
+        hours, left = (n * step_s / 3600 for n in (run.total_steps, run.last_step - run.step))
+        each = f" on each of {devices} devices" if devices > 1 else ""
+        return (
+            f"{step_s:.2f} s a step: the whole recipe, {run.total_steps} steps in {run.config.epochs} epochs, takes "
+            f"about {hours:.1f} hours{each}; {left:.1f} hours are left to step {run.last_step}"
+        )
+
+
+def measure(run: Run, log: RunLog | NoLog) -> dict[str, float]:
     """What the task measures now, told as well."""
     measured = run.evaluate()
     log.message(f"step {run.step}: " + ", ".join(f"{key} {value:.2f}" for key, value in measured.items()))
@@ -314,7 +487,7 @@ def record(run: Run, measured: dict[str, float]) -> dict:
         **({"loss_scale": run.scaler.scale} if run.scaler.enabled else {}),
         **measured,
         "skipped": run.skipped,
-        "bad_images": len(run.pipeline.bad.ids),
+        "bad_images": len(run.ranks.union(run.pipeline.bad.ids)),
     }
 
 
@@ -328,9 +501,10 @@ def introduction(run: Run) -> list[str]:
         *run.task.introduction(),
         *run.beginning,
     ]
-    equation = f"{config.optimizer.blr:g} x {run.effective_batch} / 256 = " if config.optimizer.lr is None else ""
+    layout = run.layout
+    equation = f"{config.optimizer.blr:g} x {layout.effective_batch} / 256 = " if config.optimizer.lr is None else ""
     lines += [
-        f"lr = {equation}{run.lr:g}; effective batch {config.batch_size} x {config.accumulate} = {run.effective_batch}",
+        f"lr = {equation}{run.lr:g}; effective batch, devices x batch x forward passes: {layout}",
         f"{run.steps_per_epoch} steps an epoch, {run.total_steps} in {config.epochs} epochs; output in {run.output}",
     ]
     if run.step:
@@ -356,6 +530,14 @@ def flatten(values: dict, above: str = "") -> dict:
     for key, value in values.items():
         flat.update(flatten(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value})
     return flat
+
+
+def weights_checksum(model: nn.Cell) -> int:
+    """Of all parameters, 32 bits."""
+    checksum = 0
+    for _, array in sorted(weights_of(model).items()):
+        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
 
 
 def write_config(output: Path, config: Config) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from localmim.config import Config
 from localmim.data.pipeline import Batch
 from localmim.data.sources import open_source
+from localmim.distributed import Ranks
 from localmim.errors import UserError
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.training.build import build_masking, build_model, build_tokenizer
@@ -18,11 +19,14 @@ from localmim.training.task import Task
 class Pretraining(Task):
     """Masked image modelling.
 
+    Args:
+        ranks: The devices that share the work.
+
     Raises:
         UserError: Something in the config does not fit.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, ranks: Ranks):
         self.config = config
         self.model = self.network = build_model(config)
         self.loss_parts = len(self.model.decoders)
@@ -38,7 +42,8 @@ class Pretraining(Task):
     def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
         """Images, mask arrays, codebook ids if any."""
         ids = () if self.tokenizer is None else self.tokenizer(part.images, part.ids)
-        return (part.images, *self.masking(epoch, part.ids).arrays(), *ids)
+        mask = self.masking(epoch, part.ids, draw if self.config.shared_draws else None)
+        return (part.images, *mask.arrays(), *ids)
 
     def groups(self) -> dict[str, Group]:
         """The full rate for all; the encoder says what does not decay."""

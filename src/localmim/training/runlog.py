@@ -153,6 +153,26 @@ class RunLog:
         return UserError(f"cannot write {error.filename or self.path}: {error.strerror or error}")
 
 
+class NoLog:
+    """What takes a run log's place on a device that does not write: it only tells, on stderr."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def log(self, step: int, **values) -> None:
+        """Nothing: the first device records."""
+
+    def message(self, text: str) -> None:
+        """One line on stderr, which is this device's log file."""
+        print(text, file=sys.stderr, flush=True)
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
 class _TensorBoard:
     """Scalars of one session of a run. Written without a thread, so that `flush` leaves nothing behind."""
 

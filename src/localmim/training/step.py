@@ -1,4 +1,8 @@
-"""One optimizer step as a graph: loss, gradients, the check that all is finite, the update."""
+"""One optimizer step as a graph: loss, gradients, their mean over devices, the check that all is finite, the update.
+
+What a step reports (loss, its parts, whether a device was told to stop) is reduced with the gradients, so that every
+device decides the same.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from localmim.distributed import Ranks
 from localmim.training.optimizer import AdamW, Momentum, WeightAverage, zeros_like
 
 Optimizer = AdamW | Momentum
@@ -15,12 +20,20 @@ Optimizer = AdamW | Momentum
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says: the loss, its parts, whether the update was made, the gradient norm where it is computed."""
+    """What a step says, the same on all devices.
+
+    Attributes:
+        loss, losses: The loss and its parts, means over the whole batch.
+        finite: Whether the update was made.
+        grad_norm: Where it is computed.
+        stop: Whether a device was told to stop.
+    """
 
     loss: float
     losses: np.ndarray
     finite: bool
     grad_norm: float | None
+    stop: bool
 
 
 class LossScaler:
@@ -101,21 +114,71 @@ def _add_to_one(buffer, x):
     return ops.assign_add(buffer, x)
 
 
+_flat = ops.MultitypeFuncGraph("flat")
+_piece = ops.MultitypeFuncGraph("piece")
+
+
+@_flat.register("Tensor")
+def _flat_one(x):
+    return x.reshape(-1)
+
+
+@_piece.register("Tensor", "Number", "Tensor")
+def _piece_one(flat, begin, like):
+    return flat[begin : begin + like.size].reshape(like.shape)
+
+
 @_clear.register("Tensor")
 def _clear_one(buffer):
     return ops.assign(buffer, ops.zeros_like(buffer))
 
 
-class _Update(nn.Cell):
-    """Unscales and clips gradients, and updates if all of them are finite; so does the average of the weights."""
+class _MeanOverDevices(nn.Cell):
+    """Mean of gradients over all devices.
 
-    def __init__(self, optimizer: Optimizer, clip: float | None, scaled: bool, average: WeightAverage | None):
+    GPU and Ascend: MindSpore's own reducer, whose operators are fused and run beside the way back. A CPU fuses nothing,
+    and some hundred small tensors take longer on the way than all of them as one, which gives the same bits.
+    """
+
+    def __init__(self, parameters, world: int, in_one: bool):
         super().__init__()
-        self.optimizer, self.clip, self.scaled, self.average = optimizer, clip, scaled, average
+        self.world, self.in_one = world, in_one
         self.map_ = ops.HyperMap()
+        self.sum = ops.AllReduce()
+        sizes = [p.size for p in parameters]
+        self.begins = tuple(int(n) for n in np.cumsum([0, *sizes[:-1]]))
+        self.reducer = nn.DistributedGradReducer(list(parameters), True, world)
 
-    def construct(self, loss, gradients, factor, scalars):
-        """`factor` is what gradients are multiplied with first, where anything asks for it."""
+    def construct(self, gradients):
+        if not self.in_one:
+            return self.reducer(gradients)
+        flat = self.sum(ops.concat(self.map_(_flat, gradients))) * (1 / self.world)
+        return self.map_(ops.partial(_piece, flat), self.begins, gradients)
+
+
+class _Update(nn.Cell):
+    """Unscales and clips gradients, and updates if all of them are finite; so does the average of the weights.
+
+    With several devices it begins with the mean of their gradients and reports.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, clip: float | None, scaled: bool, average: WeightAverage | None, world: int
+    ):
+        super().__init__()
+        self.optimizer, self.clip, self.scaled, self.average, self.world = optimizer, clip, scaled, average, world
+        self.map_ = ops.HyperMap()
+        if world > 1:
+            in_one = ms.get_context("device_target") == "CPU"
+            self.mean_over_devices = _MeanOverDevices(optimizer.parameters, world, in_one)
+            self.sum_over_devices = ops.AllReduce()
+
+    def construct(self, report, gradients, factor, scalars):
+        """`report` is [stop, loss, *losses]; `factor` multiplies gradients first, where anything asks for it."""
+        if self.world > 1:
+            gradients = self.mean_over_devices(gradients)
+            report = self.sum_over_devices(report) * (1 / self.world)
+        loss = report[1]
         if self.scaled:
             gradients = self.map_(ops.partial(_times, factor), gradients)
         norm = Tensor(0.0, ms.float32)
@@ -130,7 +193,7 @@ class _Update(nn.Cell):
             self.optimizer(gradients, *scalars)
             if self.average is not None:
                 self.average()
-        return finite, norm
+        return report, finite, norm
 
 
 class _WholeStep(nn.Cell):
@@ -140,10 +203,10 @@ class _WholeStep(nn.Cell):
         super().__init__()
         self.gradients, self.update = gradients, update
 
-    def construct(self, scale, factor, scalars, *inputs):
+    def construct(self, stop, scale, factor, scalars, *inputs):
         loss, losses, gradients = self.gradients(scale, *inputs)
-        finite, norm = self.update(loss, gradients, factor, scalars)
-        return loss, losses, finite, norm
+        report = ops.concat([stop, loss.reshape(1), losses])
+        return self.update(report, gradients, factor, scalars)
 
 
 class _Accumulate(nn.Cell):
@@ -168,10 +231,15 @@ class _UpdateFromBuffers(nn.Cell):
         self.update, self.buffers = update, buffers
         self.map_ = ops.HyperMap()
 
-    def construct(self, loss, factor, scalars):
-        finite, norm = self.update(loss, self.buffers, factor, scalars)
+    def construct(self, report, factor, scalars):
+        result = self.update(report, self.buffers, factor, scalars)
         self.map_(_clear, self.buffers)
-        return finite, norm
+        return result
+
+
+def tensors(arrays: tuple) -> list[Tensor]:
+    """Arrays as tensors; what is on the device already stays there."""
+    return [a if isinstance(a, Tensor) else Tensor(a) for a in arrays]
 
 
 class TrainStep:
@@ -180,10 +248,11 @@ class TrainStep:
     Args:
         model: Inputs -> (loss, losses).
         optimizer: Of its parameters.
-        accumulate: Forward passes a step; their gradients are averaged.
+        accumulate: Forward passes a step on each device; their gradients are averaged.
         clip: Largest global gradient norm; None: no clipping.
         scaler: Its scale multiplies the loss.
         average: Takes in the weights after each update.
+        ranks: The devices that share a step.
     """
 
     def __init__(
@@ -194,11 +263,13 @@ class TrainStep:
         clip: float | None = None,
         scaler: LossScaler | None = None,
         average: WeightAverage | None = None,
+        ranks: Ranks | None = None,
     ):
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
+        self.ranks = ranks or Ranks()
         self.scaler = scaler or LossScaler(False)
         gradients = _Gradients(model, optimizer)
-        update = _Update(optimizer, clip, self.scaler.enabled or accumulate > 1, average)
+        update = _Update(optimizer, clip, self.scaler.enabled or accumulate > 1, average, self.ranks.world)
         if accumulate == 1:
             self.whole = _WholeStep(gradients, update)
         else:
@@ -206,25 +277,29 @@ class TrainStep:
             self.part, self.finish = _Accumulate(gradients, buffers), _UpdateFromBuffers(update, buffers)
         model.set_train()
 
-    def __call__(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int) -> StepResult:
+    def __call__(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int, stop: bool = False) -> StepResult:
         """One step.
 
         Args:
             parts: `accumulate` tuples of the model's inputs.
             lr: Learning rate of this step.
             update: Number of this update, counted from 1 over the updates really made.
+            stop: Whether this device was told to stop; all devices learn of it.
         """
         scale = Tensor(self.scaler.scale, ms.float32)
         factor = Tensor(1 / (self.scaler.scale * self.accumulate), ms.float32)
         scalars = ms.mutable(self.optimizer.scalars(lr, update))
-        if self.accumulate == 1:
-            loss, losses, finite, norm = self.whole(scale, factor, scalars, *map(Tensor, parts[0]))
-            loss, losses = float(loss.asnumpy()), losses.asnumpy()
-        else:
-            results = [self.part(scale, *map(Tensor, part)) for part in parts]
-            loss = float(np.mean([r[0].asnumpy() for r in results]))
-            losses = np.mean([r[1].asnumpy() for r in results], axis=0)
-            finite, norm = self.finish(Tensor(loss, ms.float32), factor, scalars)
-        finite = bool(finite.asnumpy())
+        with self.ranks.limit("in a training step"):
+            if self.accumulate == 1:
+                told = Tensor([float(stop)], ms.float32)
+                report, finite, norm = self.whole(told, scale, factor, scalars, *tensors(parts[0]))
+            else:
+                results = [self.part(scale, *tensors(part)) for part in parts]
+                values = [np.append(loss.asnumpy(), losses.asnumpy()) for loss, losses in results]
+                report = np.append(float(stop), np.mean(values, axis=0))
+                report, finite, norm = self.finish(Tensor(report, ms.float32), factor, scalars)
+            stopped, loss, *losses = report.asnumpy()
+            finite = bool(finite.asnumpy())
         self.scaler.update(finite)
-        return StepResult(loss, losses, finite, float(norm.asnumpy()) if self.clip is not None else None)
+        norm = float(norm.asnumpy()) if self.clip is not None else None
+        return StepResult(float(loss), np.asarray(losses), finite, norm, stopped > 0)

@@ -24,6 +24,7 @@ class Task(ABC):
         source: Training images.
         loss_parts: How many of `losses` are written down beside the loss.
         classes: Names of the classes; empty: none.
+        pairs: Whether images are mixed in pairs, so that batches must be even.
     """
 
     config: Config
@@ -32,6 +33,7 @@ class Task(ABC):
     source: Source
     loss_parts: int = 0
     classes: Sequence[str] = ()
+    pairs: bool = False
 
     @abstractmethod
     def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
@@ -39,7 +41,7 @@ class Task(ABC):
 
         Args:
             part: Images of it.
-            draw: Number of the forward pass in the run, for what is random by batch.
+            draw: Number of the forward pass in the run, or with `shared_draws` of the step.
         """
 
     @abstractmethod
