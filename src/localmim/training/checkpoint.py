@@ -97,7 +97,10 @@ class Checkpoint:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Name to array, bit for bit as saved; read anew at each call."""
-        return self._tensors(WEIGHTS)
+        arrays = self._tensors(WEIGHTS)
+        if self.config.get("task") == "linear_probe":  # earlier versions stored the ones and zeros of no affine part
+            arrays = {name: array for name, array in arrays.items() if name not in ("norm.gamma", "norm.beta")}
+        return arrays
 
     def average(self) -> dict[str, np.ndarray]:
         """The moving average of the weights, as `weights`."""

@@ -446,7 +446,7 @@ class Pace:
 class Estimate:
     """One line in the first minute: how long all of the recipe takes. The first step compiles, and does not count."""
 
-    STEPS, SECONDS = 20, 30.0  # enough of either
+    STEPS, SECONDS = 20, 15.0  # enough of either
 
     def __init__(self):
         self.since: float | None = None
