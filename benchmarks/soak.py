@@ -26,6 +26,7 @@ import psutil
 from localmim.config import load_config
 
 WARM_UP = 100  # steps
+LEAVING = 3  # last readings of a session: the process frees what it has before it ends
 
 
 def last_step(metrics: Path) -> int:
@@ -55,7 +56,7 @@ def session(command: list[str], metrics: Path, stop_at: int | None, how: signal.
             break
         if step > begun:
             readings.append({"step": step, **reading})
-        if stop_at is not None and step >= stop_at and not stopped:
+        if stop_at is not None and step >= max(stop_at, begun + 1) and not stopped:
             process.send_signal(how)
             stopped = True
         time.sleep(1)
@@ -67,9 +68,12 @@ def session(command: list[str], metrics: Path, stop_at: int | None, how: signal.
 
 
 def slope(readings: list[dict]) -> tuple[float, float, int] | None:
-    """Bytes a step by least squares, its standard error, and the steps it covers; None for too short a session."""
+    """Bytes a step by least squares, its standard error, and the steps it covers; None for too short a session.
+
+    Least squares, so that the allocator's jumps of some megabytes count as growth as well.
+    """
     begin = readings[0]["step"] + WARM_UP if readings else 0
-    used = [r for r in readings if r["step"] >= begin]
+    used = [r for r in readings[:-LEAVING] if r["step"] >= begin]
     if len(used) < 10 or used[-1]["step"] - used[0]["step"] < WARM_UP:
         return None
     x, y = (np.array([r[key] for r in used], np.float64) for key in ("step", "rss"))
@@ -88,6 +92,8 @@ def main() -> None:
     parser.add_argument("--out", default="outputs/soak")
     options, overrides = parser.parse_known_args()
     out = Path(options.out)
+    if options.steps < 4 * WARM_UP:
+        raise SystemExit(f"--steps is {options.steps}, expected at least {4 * WARM_UP}")
     if out.exists():
         raise SystemExit(f"{out} exists: give another --out")
     out.mkdir(parents=True)
@@ -99,7 +105,9 @@ def main() -> None:
     command = [sys.executable, "train.py", *arguments]
     metrics = out / "run" / "metrics.jsonl"
     draw = np.random.default_rng(options.seed)
-    stops = sorted(int(s) for s in draw.integers(50, options.steps - 50, options.stops))
+    # At random, one in each of as many equal parts of the run, not close to one another
+    part = options.steps // max(options.stops, 1)
+    stops = [i * part + int(draw.integers(part // 4, 3 * part // 4)) for i in range(options.stops)]
     sessions = []
     for i, stop_at in enumerate([*stops, None]):
         how = signal.SIGTERM if i % 2 else signal.SIGKILL
@@ -112,10 +120,12 @@ def main() -> None:
             flush=True,
         )
     fits = [fit for s in sessions if (fit := slope(s["readings"]))]
+    if not fits:
+        raise SystemExit("no session was long enough to fit a line: expected more --steps or fewer --stops")
     weights = np.array([n for _, _, n in fits], np.float64)
     mean = float((np.array([b for b, _, _ in fits]) * weights).sum() / weights.sum())
     error = float(np.sqrt(((np.array([e for _, e, _ in fits]) * weights) ** 2).sum()) / weights.sum())
-    settled = [r for s in sessions for r in s["readings"][5:]]
+    settled = [r for s in sessions for r in s["readings"][5:-LEAVING]]
     summary = {
         "steps": last_step(metrics),
         "sessions": len(sessions),

@@ -32,7 +32,14 @@ for word in "$@"; do
         *) words+=("$word") ;;
     esac
 done
-if [ ${#words[@]} -lt $needed ] || [[ $kind = *_train && "${words[*]:0:needed}" = *--* ]]; then
+wrong=
+[ ${#words[@]} -ge $needed ] || wrong=1
+if [[ $kind = *_train ]]; then # neither DEVICE_NUM nor CONFIG is an option
+    for word in "${words[@]:0:needed}"; do
+        [[ $word != --* ]] || wrong=1
+    done
+fi
+if [ -n "$wrong" ]; then
     echo "$usage" >&2
     exit 2
 fi
@@ -40,6 +47,10 @@ fi
 source "$(dirname "$0")/env.sh"
 if [ -n "${PYTHON:-}" ]; then
     python=$PYTHON
+    if ! command -v "$python" > /dev/null; then
+        echo "error: PYTHON is $python, which is no program" >&2
+        exit 2
+    fi
     export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 else
     if [ -n "$dry_run" ]; then # installs nothing either
@@ -49,8 +60,11 @@ else
         fi
         PATH=$PWD/.venv/bin:$PATH
     elif [ "$device" = gpu ] || [ "$device" = ascend ]; then
-        python=$(find_python)
-        PYTHONPATH=src "$python" -m localmim.doctor --need-driver "$name" # before anything is downloaded for it
+        python=.venv/bin/python
+        [ -x "$python" ] || python=$(find_python)
+        count=1
+        [[ $kind != distribute_train || ! ${words[0]} =~ ^[1-9][0-9]*$ ]] || count=${words[0]}
+        PYTHONPATH=src "$python" -m localmim.doctor --need-driver "$name" --count "$count" # before anything is downloaded
     fi
     [ -n "$dry_run" ] || use_environment "$requirements"
     python=python

@@ -126,12 +126,12 @@ def find_machines(variables: dict[str, str]) -> Machines:
     Raises:
         UserError: One is missing or out of range, or the port is in use.
     """
-    count = number("NNODES", variables.get("NNODES", "1"), 1)
+    count = number("NNODES", variables.get("NNODES") or "1", 1)
     if count > 1:
         for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not variables.get(name):
                 raise UserError(f"{name} is not set: NNODES is {count}, so every machine needs it")
-    rank = number("NODE_RANK", variables.get("NODE_RANK", "0"), 0, count - 1)
+    rank = number("NODE_RANK", variables.get("NODE_RANK") or "0", 0, count - 1)
     address = variables.get("MASTER_ADDR") or "127.0.0.1"
     given = variables.get("MASTER_PORT")
     port = number("MASTER_PORT", given, 1024, 65535) if given else free_port()

@@ -182,6 +182,17 @@ def test_too_many_bad_images(damaged):
         list(data.epoch(0))
 
 
+def test_too_many_bad_images_of_all_devices(damaged):
+    """No device alone has met too many, all of them together have."""
+    ranks = [pipeline(open_source(str(damaged)), rank=r, world=2, max_bad_share=0.08) for r in range(2)]
+    for one in ranks:
+        list(one.epoch(0))
+    found = [one.bad.ids for one in ranks]
+    assert all(len(ids) <= 0.08 * 40 for ids in found) and len(found[0] | found[1]) > 0.08 * 40
+    with pytest.raises(UserError, match="images cannot be read, more than"):
+        ranks[0].bad.merge(found[0] | found[1])
+
+
 def test_half_of_the_images_are_bad(tmp_path):
     """Stand-ins in every batch, bad ones among those that are looked at; they must repeat images."""
     for k in range(22):

@@ -13,12 +13,14 @@ from mindspore import Parameter, Tensor, nn
 
 from localmim import cli
 from localmim.config import load_config
+from localmim.data.pipeline import TrainPipeline
 from localmim.device import set_device
 from localmim.distributed import Ranks, join
 from localmim.errors import UserError
 from localmim.models.classifier import FeatureNorm
 from localmim.training import loop
-from localmim.training.step import _MeanOverDevices
+from localmim.training.optimizer import AdamW
+from localmim.training.step import TrainStep, _MeanOverDevices
 
 
 class Mean(nn.Cell):
@@ -30,6 +32,32 @@ class Mean(nn.Cell):
 
     def construct(self, *gradients):
         return self.mean(gradients)
+
+
+class Square(nn.Cell):
+    """A model of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = Parameter(Tensor(np.ones((1, 3), np.float32)), name="w")
+
+    def construct(self, x):
+        loss = ((self.w * x) ** 2).sum()
+        return loss, loss.reshape(1)
+
+
+def train_with_a_bad_image(recipe: str) -> None:
+    """Trains, and one image of rank 1 is not finite from the second step on."""
+    take = TrainPipeline.epoch
+
+    def epoch(self, *arguments):
+        for i, batch in enumerate(take(self, *arguments)):
+            if i and self.rank == 1:
+                batch.images[1, 0, 3, 3] = np.nan
+            yield batch
+
+    TrainPipeline.epoch = epoch
+    loop.train(load_config(["--config", recipe]))
 
 
 def sums(ranks: Ranks) -> dict:
@@ -64,8 +92,11 @@ def main(argv: list[str]) -> None:
         config = load_config(["--config", argv[1], "--seed", os.environ["MS_NODE_ID"]])
         loop.train(config)
         return
+    if how == "nonfinite":
+        train_with_a_bad_image(argv[1])
+        return
     set_device("CPU")
-    ranks = join(limit_s=4)
+    ranks = join(limit_s=10)
     if how == "sums":
         found = sums(ranks)
         if ranks.first:
@@ -73,9 +104,12 @@ def main(argv: list[str]) -> None:
         ranks.agree(None, "nothing")
         ranks.agree(UserError("the disk is full") if ranks.rank == 1 else None, "saving")
     if how == "hang":
+        model = Square()
+        step = TrainStep(model, AdamW({"w": model.w}), ranks=ranks)
+        step([(np.ones(3, np.float32),)], 0.1, 1)
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        ranks.total(np.ones(1), "adding up what never comes")
+        step([(np.ones(3, np.float32),)], 0.1, 2)
 
 
 if __name__ == "__main__":

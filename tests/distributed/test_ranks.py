@@ -12,10 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from mindspore import set_seed
 
+from localmim import create_model
+from localmim.config import config_from_dict
+from localmim.convert.load import weights_of
 from localmim.data.builtin import write_builtin_images
 from localmim.distributed import Ranks
 from localmim.errors import UserError
+from localmim.training.checkpoint import weights_header, write_weights
 
 ROOT = Path(__file__).parents[2]
 TASK = Path(__file__).with_name("ranks_task.py")
@@ -77,14 +82,43 @@ def test_one_error_stops_all(sums):
 
 
 def test_a_rank_that_hangs(tmp_path):
-    """A frozen rank must not hold the others for ever: after the limit they say what they waited for, and end."""
+    """A rank that freezes must not hold the others for ever: after the limit they say where they waited, and end."""
     begin = time.monotonic()
     code, text, logs = job(tmp_path, "hang")
     assert code == 1, text
     said = (logs / "worker_0.log").read_text()
-    assert "stopped: rank 0 waited 4 s for the others, adding up what never comes" in said
-    assert "stopped: rank 0 waited 4 s" in text
+    assert "stopped: rank 0 waited 10 s for the others, in a training step" in said
+    assert "stopped: rank 0 waited 10 s" in text
     assert time.monotonic() - begin < 60
+
+
+def probe_recipe(folder: Path, **changes) -> Path:
+    """A linear probe, whose batch statistics are those of all devices."""
+    write_builtin_images(folder / "images", size=40, train_per_class=2, val_per_class=1, progress=False)
+    values = {"task": "linear_probe", "device": "CPU", "batch_size": 4, "output_dir": str(folder / "run"), **changes}
+    values["model"] = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2}
+    values["model"] |= {"num_heads": 2, "num_classes": 10}
+    values["optimizer"] = {"kind": "sgd", "warmup_epochs": 0}
+    values["data"] = {"dir": str(folder / "images" / "train"), "workers": 1}
+    path = folder / "probe.yaml"
+    set_seed(0)
+    encoder = create_model("vit_tiny_patch16_224", **{k: v for k, v in values["model"].items() if k != "name"})
+    header = weights_header(0, config_from_dict({"task": "finetune", "model": values["model"]}).as_dict())
+    write_weights(folder / "encoder.safetensors", weights_of(encoder), header)
+    path.write_text(yaml.safe_dump({**values, "init": str(folder / "encoder.safetensors")}))
+    return path
+
+
+def test_a_device_whose_loss_is_not_finite(tmp_path):
+    """All devices stop at the same step, and the one that has the image writes which it is; nobody waits in vain."""
+    code, text, logs = job(tmp_path, "nonfinite", str(probe_recipe(tmp_path, max_bad_steps=1)))
+    assert code == 1
+    path = tmp_path / "run" / "nonfinite_step_2.json"
+    assert f"stopped: 1 steps in a row had a non-finite loss or gradient; step, images and layer are in {path}" in text
+    found = json.loads(path.read_text())
+    assert found["layer"] == "input images"
+    assert np.isnan(np.load(path.with_suffix(".npz"))["input_0"]).sum() == 1
+    assert all((logs / f"rank_{rank}.exit").read_text().strip() == "1" for rank in range(2))
 
 
 def test_machines_with_different_recipes(tmp_path):

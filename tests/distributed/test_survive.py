@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from jobs import differences, finish, launch, on_one, on_two, records, wait_for_step
+from jobs import differences, finish, launch, on_two, records, wait_for_step
 
 from localmim.data.builtin import write_builtin_images
 from localmim.training.checkpoint import read_checkpoint
@@ -98,18 +98,26 @@ def test_ctrl_c_and_kill(recipe, whole):
 
 
 def test_another_number_of_devices(recipe, whole):
-    """Two devices, then one: the effective batch stays, which is said, and so do the weights but for rounding."""
+    """Two devices, then one, then two: the effective batch stays, which is said, and so do the weights but for
+    rounding."""
     output = recipe.parent / "fewer"
     shutil.copytree(whole, output)
     for folder in (output / "checkpoints").glob("step_*"):
         if folder.name > "step_00000020":
             shutil.rmtree(folder)
     (output / "checkpoints" / "LATEST").write_text("step_00000020\n")
-    text = on_one(recipe, output)
+    code, text = finish(launch(1, recipe, "--output_dir", str(output), "--max_steps", "30"))
+    assert code == 0, text
     assert "devices x batch x forward passes: 2 x 4 x 1 = 8 images a step before, 1 x 4 x 2 = 8 now" in text
+    assert read_checkpoint(output).state["layout"] == {
+        "world": 1,
+        "batch_size": 4,
+        "accumulate": 2,
+        "effective_batch": 8,
+    }
+    text = on_two(recipe, output)
+    assert "1 x 4 x 2 = 8 images a step before, 2 x 4 x 1 = 8 now" in text
     assert max(differences(output, whole, leave_out_key_biases=True).values()) < 2e-6
-    state = read_checkpoint(output).state
-    assert state["layout"] == {"world": 1, "batch_size": 4, "accumulate": 2, "effective_batch": 8}
 
 
 def test_a_disk_that_takes_no_checkpoint(recipe):

@@ -94,7 +94,7 @@ def assert_same_end(output: Path, whole: Path) -> None:
 
 
 def test_kill_at_several_steps_and_resume_is_bit_for_bit(recipe, whole):
-    """SIGKILL in the middle of epochs and segments, twice in one run; weights, moments and metrics end equal."""
+    """SIGKILL in the middle of epochs, twice in one run; weights, moments and metrics end equal."""
     output = recipe.parent / "killed"
     for step, extra in ((2, 0.0), (6, 0.15)):
         process = start(recipe, output)
@@ -126,6 +126,21 @@ def test_sigterm_saves_between_checkpoints_and_the_same_command_goes_on(recipe, 
     code, text = finish(start(recipe, output))
     assert code == 0, text
     assert_same_end(output, whole)
+
+
+def test_a_closed_terminal_saves_as_well(recipe, whole):
+    """SIGHUP, which a closed session sends, is as SIGTERM; lines that nobody reads any more are no reason to fail."""
+    output = recipe.parent / "hung_up"
+    process = start(recipe, output, "--checkpoint.every_steps", "1000")
+    deadline = time.monotonic() + 150
+    while not steps_logged(output):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.stderr.close()  # writing there is an error from now on
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) in (0, 1)
+    assert read_checkpoint(output).step >= 3
 
 
 def test_another_recipe_is_refused_and_a_finished_run_is_left_alone(recipe, whole):

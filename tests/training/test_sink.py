@@ -65,6 +65,30 @@ def test_the_same_weights(run, monkeypatch):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
+class Broken:
+    """Three rows, and an error in place of the second."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        yield np.zeros(2, np.int32), [(np.zeros((2, 3), np.float32),)]
+        raise UserError("data.dir: too many of them cannot be read")
+
+
+def test_errors_and_the_end_of_a_run(monkeypatch):
+    """What goes wrong in making a row is that error, not MindData's; a run without steps left asks for no row."""
+
+    def data_sink(call, dataset):
+        rows = dataset.create_tuple_iterator(num_epochs=1)
+        return lambda: call(*next(rows))
+
+    monkeypatch.setattr(ms, "data_sink", data_sink)
+    with pytest.raises(UserError, match="too many of them"):
+        list(sink.sunk(Broken()))
+    assert list(sink.sunk([])) == []
+
+
 def test_accelerators_are_let_through():
     """Only a CPU is refused."""
     for device in ("GPU", "Ascend"):

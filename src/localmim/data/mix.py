@@ -13,7 +13,7 @@ from mindcv.data.mixup import Mixup, mixup_target
 
 from localmim.errors import UserError
 
-MIX = 3  # purpose of the random numbers, beside those of `localmim.data.augment`
+MIX = 4  # purpose of the random numbers, beside those of `localmim.data.augment`
 
 
 class Mix:

@@ -69,7 +69,10 @@ def resolve_workers(workers: int) -> int:
     cores = os.cpu_count() or 1
     if not 0 <= workers <= cores:
         raise UserError(f"data.workers is {workers}, expected 0 (choose) to {cores} (the cores of this machine)")
-    return workers or max(1, min(cores // int(os.environ.get(LOCAL_DEVICES, "1")), 8))
+    ours = len(os.sched_getaffinity(0)) // int(
+        os.environ.get(LOCAL_DEVICES, "1")
+    )  # of this process, in a container too
+    return workers or max(1, min(ours, 8))
 
 
 def resolve_mean_std(config: DataConfig, in_chans: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +107,16 @@ class BadImages:
             return
         self.ids.add(sample)
         log.warning("data: cannot read %s: %s; %s", self.source.name(sample), reason, instead)
+        self.check()
+
+    def merge(self, ids: set[int]) -> None:
+        """Takes over what all devices have found together. UserError past the share."""
+        if not ids <= self.ids:
+            self.ids |= ids
+            self.check()
+
+    def check(self) -> None:
+        """UserError past the share."""
         if len(self.ids) > self.max_share * self.total:
             first = sorted(self.ids)[:10]
             names = ", ".join(self.source.name(i) for i in first) + (", …" if len(self.ids) > len(first) else "")

@@ -71,12 +71,15 @@ def accuracy(
     hits, hits5, loss, images = ranks.total(totals)
     if images == 0:
         raise UserError("none of the images can be read")
+    unreadable = len(source) - int(images)
+    if unreadable > config.max_bad_share * len(source):  # each device has seen its own only
+        raise UserError(f"{unreadable} of {len(source)} images cannot be read, more than data.max_bad_share")
     return {
         "top1": 100 * hits / images,
         "top5": 100 * hits5 / images,
         "loss": loss / images,
         "images": int(images),
-        "unreadable": len(source) - int(images),
+        "unreadable": unreadable,
     }
 
 

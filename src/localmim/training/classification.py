@@ -77,11 +77,14 @@ class Classification(Task):
         self.config = config
         self.model = build_model(config)
         self.network = ClassificationLoss(self.model)
-        if config.task == "linear_probe":
-            self.model.norm.share(ranks.world)
         self.drops = any(self.model.drop_rates)
         self.mix = self.mixing(config)
         self.pairs = self.mix.mixup is not None
+        if self.pairs:
+            self.by_batch = "mixup and cutmix"
+        if config.task == "linear_probe":
+            self.by_batch = "the statistics"
+            self.model.norm.share(ranks.world)
         self.val = None
         if config.data.val_dir:
             self.val = open_source(config.data.val_dir, config.data.format, in_chans, evaluation=True)
@@ -121,6 +124,13 @@ class Classification(Task):
         frozen = "; the encoder is frozen" if self.config.task == "linear_probe" else ""
         val = f"{len(self.val)} images to evaluate on" if self.val is not None else "no data.val_dir: not evaluated"
         return [f"{len(self.classes)} classes ({names}); pooling {self.model.pool}{frozen}; {val}"]
+
+    def fingerprints(self) -> dict[str, str]:
+        return {} if self.val is None else {"images in data.val_dir": self.val.fingerprint()}
+
+    def compute_alone(self) -> None:
+        if self.config.task == "linear_probe":
+            self.model.norm.share(1)
 
     def evaluation_is_due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
         if self.val is None:

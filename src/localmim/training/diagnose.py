@@ -12,33 +12,34 @@ from mindspore import Tensor, nn
 from localmim.training.step import Optimizer, StepResult
 
 
-def write_dump(
-    path: Path,
-    step: int,
-    network: nn.Cell,
-    optimizer: Optimizer,
-    parts: list[tuple[np.ndarray, ...]],
-    names: list[str],
-    result: StepResult,
-) -> None:
+def find_layer(network: nn.Cell, optimizer: Optimizer, parts: list[tuple]) -> str | None:
+    """The first place of a step that is not finite, over its forward passes; None if all is finite here."""
+    return next((layer for part in parts if (layer := first_nonfinite(network, optimizer, as_arrays(part)))), None)
+
+
+def as_arrays(part: tuple) -> tuple[np.ndarray, ...]:
+    """Inputs of a forward pass, some of which may be on the device already."""
+    return tuple(a.asnumpy() if isinstance(a, Tensor) else a for a in part)
+
+
+def write_dump(path: Path, step: int, layer: str | None, parts: list[tuple], names: list[str], result: StepResult):
     """Writes what is known to a JSON file, and the inputs beside it as .npz.
 
     Args:
         path: The JSON file.
-        network: Inputs -> (loss, losses); `activations` of the same inputs names what is computed on the way.
+        layer: What `find_layer` gave.
         parts: The network's inputs, a tuple for each forward pass of the step.
         names: The images of the step.
     """
-    parts = [tuple(a.asnumpy() if isinstance(a, Tensor) else a for a in part) for part in parts]
     report = {
         "step": step,
         "loss": str(result.loss),
         "loss_scales": [str(x) for x in result.losses],
-        "layer": next((layer for part in parts if (layer := first_nonfinite(network, optimizer, part))), None),
+        "layer": layer,
         "images": names,
     }
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    arrays = [np.stack(group) for group in zip(*parts)]  # the parts of the step, one after the other
+    arrays = [np.stack(group) for group in zip(*map(as_arrays, parts))]  # the parts of the step, one after the other
     np.savez(path.with_suffix(".npz"), **{f"input_{i}": a for i, a in enumerate(arrays)})
 
 

@@ -81,9 +81,9 @@ def resumed_layout(config: Config, world: int, effective: int, before: Config, p
     return Layout(world, share // passes // unit * unit, passes, effective)
 
 
-def changes(before: Layout | None, now: Layout) -> list[str]:
+def changes(before: Layout, now: Layout) -> list[str]:
     """What is different from the layout before, in lines."""
-    if before is None or before == now:
+    if before == now:
         return []
     lines = [f"devices x batch x forward passes: {before} images a step before, {now} now"]
     if now.images < now.effective_batch:

@@ -32,7 +32,7 @@ from localmim.files import replace_text
 from localmim.models.layers import set_compute_dtype
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
 from localmim.training.classification import Classification
-from localmim.training.diagnose import write_dump
+from localmim.training.diagnose import find_layer, write_dump
 from localmim.training.layout import Layout, begin_layout, changes, resumed_layout
 from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
 from localmim.training.pretraining import Pretraining
@@ -160,7 +160,10 @@ class Run:
         before = checkpoint.state.get("layout")  # a run of an earlier version had one device
         before = Layout(**before) if before else begin_layout(saved, 1)
         now = resumed_layout(self.config, self.ranks.world, before.effective_batch, saved, self.task.pairs)
-        return now, lines + changes(before, now)
+        lines += changes(before, now)
+        if before != now and self.task.by_batch and not self.config.shared_draws:
+            lines.append(f"{self.task.by_batch} of each forward pass: others from here on than with the devices before")
+        return now, lines
 
     def compare_devices(self) -> None:
         """UserError where the devices have not begun with the same recipe, images and weights at the same step."""
@@ -172,6 +175,7 @@ class Run:
             "recipe": zlib.crc32(json.dumps(recipe, sort_keys=True).encode()),
             "images in data.dir": zlib.crc32(self.pipeline.fingerprint.encode()),
             "initial weights": weights_checksum(self.model),
+            **{what: zlib.crc32(text.encode()) for what, text in self.task.fingerprints().items()},
         }
         for what, there in zip(prints, self.ranks.gather(*prints.values())):
             different = np.flatnonzero(there != there[0])
@@ -207,8 +211,8 @@ class Run:
         Raises:
             UserError: The disk does not take it.
         """
+        self.pipeline.bad.merge(self.ranks.union(set(self.pipeline.bad.ids)))
         data = self.pipeline.state()
-        data["bad"] = sorted(self.ranks.union(set(data["bad"])))
         if self.ranks.first:
             try:
                 self.write(recorded, data)
@@ -293,15 +297,26 @@ class Run:
             self.bad_in_a_row += 1
             if self.bad_in_a_row == self.config.max_bad_steps:
                 names = [self.source.name(int(i)) for i in ids]
-                whose = f"_rank{self.ranks.rank}" if self.ranks.world > 1 else ""
-                path = self.output / f"nonfinite_step_{self.step}{whose}.json"
-                write_dump(path, self.step, self.task.network, self.optimizer, parts, names, result)
-                self.ranks.agree(None, "looking for the reason")
+                path = self.diagnose(parts, names, result)
                 raise RunError(
                     f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient; step, images and layer "
                     f"are in {path}; the newest checkpoint is from before"
                 )
         return result
+
+    def diagnose(self, parts: list[tuple], names: list[str], result: StepResult) -> Path:
+        """Writes down what is not finite; the first device that finds a reason on its own images does."""
+        self.task.compute_alone()
+        layer = find_layer(self.task.network, self.optimizer, parts)
+        found = self.ranks.gather(float(layer is not None))[0]
+        path, error = self.output / f"nonfinite_step_{self.step}.json", None
+        if self.ranks.rank == int(np.argmax(found)):
+            try:
+                write_dump(path, self.step, layer, parts, names, result)
+            except OSError as failed:
+                error = UserError(f"cannot write {failed.filename or path}: {failed.strerror}")
+        self.ranks.agree(error, "writing down what is not finite")
+        return path
 
     def interval_means(self) -> dict:
         """Mean loss since the last record, which begins a new interval."""
@@ -467,7 +482,7 @@ class Estimate:
         each = f" on each of {devices} devices" if devices > 1 else ""
         return (
             f"{step_s:.2f} s a step: the whole recipe, {run.total_steps} steps in {run.config.epochs} epochs, takes "
-            f"about {hours:.1f} hours{each}; {left:.1f} hours are left to step {run.last_step}"
+            f"about {hours:.1f} hours{each} without evaluations; {left:.1f} are left to step {run.last_step}"
         )
 
 
@@ -479,7 +494,12 @@ def measure(run: Run, log: RunLog | NoLog) -> dict[str, float]:
 
 
 def record(run: Run, measured: dict[str, float]) -> dict:
-    """The values of a record that follow from the run alone, which begins a new interval, with what was measured."""
+    """The values of a record that follow from the run alone, which begins a new interval, with what was measured.
+
+    Raises:
+        UserError: All devices together have found too many unreadable images.
+    """
+    run.pipeline.bad.merge(run.ranks.union(set(run.pipeline.bad.ids)))
     return {
         "epoch": run.step / run.steps_per_epoch,
         **run.interval_means(),
@@ -487,7 +507,7 @@ def record(run: Run, measured: dict[str, float]) -> dict:
         **({"loss_scale": run.scaler.scale} if run.scaler.enabled else {}),
         **measured,
         "skipped": run.skipped,
-        "bad_images": len(run.ranks.union(run.pipeline.bad.ids)),
+        "bad_images": len(run.pipeline.bad.ids),
     }
 
 
@@ -555,14 +575,18 @@ def write_config(output: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that gets the name of the first SIGTERM or SIGINT; a second one acts at once."""
+    """A list that gets the name of the first SIGTERM, SIGINT or SIGHUP; a second one acts at once.
+
+    One that is ignored stays so, as nohup has it.
+    """
     received: list[str] = []
 
     def note(number, _frame):
         received.append(signal.Signals(number).name)
         signal.signal(number, before[number])
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.signal(n, note) for n in asking if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield received
     finally:

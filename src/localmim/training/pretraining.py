@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from localmim.config import Config
@@ -10,6 +12,7 @@ from localmim.data.sources import open_source
 from localmim.distributed import Ranks
 from localmim.errors import UserError
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
+from localmim.mim.unit_masking import UnitMasking
 from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.initial import go_on_pretraining
 from localmim.training.optimizer import Group, pretraining_groups
@@ -31,6 +34,8 @@ class Pretraining(Task):
         self.model = self.network = build_model(config)
         self.loss_parts = len(self.model.decoders)
         self.masking = build_masking(config, self.model)
+        if isinstance(self.masking, UnitMasking):
+            self.by_batch = "the mask"
         encoder = self.model.encoder
         self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
         self.tokenizer = build_tokenizer(config, self.model)
@@ -60,6 +65,9 @@ class Pretraining(Task):
         if encoder.idle():
             lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
         return lines
+
+    def fingerprints(self) -> dict[str, str]:
+        return {} if self.codebook is None else {"target.codebook": json.dumps(self.codebook)}
 
     def state(self) -> dict:
         return {"codebook": self.codebook}

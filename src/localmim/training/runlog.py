@@ -6,6 +6,7 @@ first drops the lines after s that the killed run had still written, so the file
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -54,11 +55,12 @@ class RunLog:
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # (step, seconds) of the last records
         self._line_every_s = line_every_s
         self._last_line_s = -math.inf
+        self._terminal = _Terminal()  # one: tqdm tells by it which bar to move out of the way of a message
         self._bar = None
         if _is_terminal(sys.stderr):
             self._bar = tqdm(
-                total=total_steps, initial=start_step, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, miniters=1,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+                total=total_steps, initial=start_step, file=self._terminal, dynamic_ncols=True, mininterval=0.5,
+                miniters=1, bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )  # fmt: skip
 
     def __enter__(self) -> RunLog:
@@ -93,9 +95,9 @@ class RunLog:
     def message(self, text: str) -> None:
         """One line on stderr that leaves the bar whole."""
         if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self._terminal, flush=True)
         else:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=self._terminal)
 
     def sync(self) -> None:
         """Force all records to the disk. Call it before a checkpoint is saved: no record before it can then be lost."""
@@ -128,7 +130,7 @@ class RunLog:
             place = [f"step {step}/{self.total_steps} ({share:.1f}%)"]
             if isinstance(record.get("epoch"), (int, float)):
                 place.append(f"epoch {record['epoch']:.2f}")
-            print(", ".join(place + self._summary(record)), file=sys.stderr, flush=True)
+            print(", ".join(place + self._summary(record)), file=self._terminal, flush=True)
 
     def _summary(self, record: dict) -> list[str]:
         """Loss, rate, speed, share of time waiting for data, time left: what is known, in 80 columns with the bar."""
@@ -167,10 +169,25 @@ class NoLog:
 
     def message(self, text: str) -> None:
         """One line on stderr, which is this device's log file."""
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=_Terminal(), flush=True)
 
     def sync(self) -> None:
         """Nothing."""
+
+
+class _Terminal:
+    """stderr as it is now. One that is gone, as that of a closed session, is no reason to stop a run."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
 
 
 class _TensorBoard:

@@ -33,23 +33,35 @@ class _Flat:
     """Rows as MindData takes them, one tuple of arrays each. MindData also iterates it to learn the shapes."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.rows, self.error = rows, None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
-        for ids, parts in self.rows:
-            yield (ids, *(array for part in parts for array in part))
+        flat = None
+        try:
+            for ids, parts in self.rows:
+                flat = (ids, *(array for part in parts for array in part))
+                yield flat
+        except Exception as error:  # MindData would make a RuntimeError with pages of text of it
+            self.error = error
+            while flat is not None:  # whoever takes it looks at the error first
+                yield flat
 
 
 def sunk(rows) -> Iterator[Row]:
     """`rows`, whose arrays are on the device already. `rows` has a length and begins anew whenever it is iterated."""
+    if not len(rows):
+        return
     _, parts = next(iter(rows))
     passes, width = len(parts), len(parts[0])
     names = ["sample", *(f"input_{i}" for i in range(passes * width))]
-    dataset = ds.GeneratorDataset(_Flat(rows), names, shuffle=False, num_parallel_workers=1)
+    flat = _Flat(rows)
+    dataset = ds.GeneratorDataset(flat, names, shuffle=False, num_parallel_workers=1)
     take = ms.data_sink(_together, dataset)
     for _ in range(len(rows)):
         ids, *arrays = take()
+        if flat.error is not None:
+            raise flat.error
         yield ids.asnumpy(), [tuple(arrays[i * width : (i + 1) * width]) for i in range(passes)]

@@ -25,6 +25,7 @@ class Task(ABC):
         loss_parts: How many of `losses` are written down beside the loss.
         classes: Names of the classes; empty: none.
         pairs: Whether images are mixed in pairs, so that batches must be even.
+        by_batch: What depends on the batch that an image is in, in words; empty: nothing.
     """
 
     config: Config
@@ -34,6 +35,7 @@ class Task(ABC):
     loss_parts: int = 0
     classes: Sequence[str] = ()
     pairs: bool = False
+    by_batch: str = ""
 
     @abstractmethod
     def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
@@ -62,6 +64,14 @@ class Task(ABC):
 
     def check_state(self, state: dict) -> None:
         """UserError when a checkpoint's `state` is that of other files than this run's."""
+        return
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the files that all devices must share besides the training images, by what they are."""
+        return {}
+
+    def compute_alone(self) -> None:
+        """From here on the network computes without other devices: for finding errors."""
         return
 
     def evaluation_is_due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
