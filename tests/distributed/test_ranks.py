@@ -130,7 +130,7 @@ def test_machines_with_different_recipes(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "data": {"dir": str(tmp_path / "images/train")}}))
     code, text, _ = job(tmp_path, "recipe", str(tmp_path / "recipe.yaml"))
     assert code == 2
-    assert "error: rank 1 has another recipe than rank 0" in text
+    assert "error: rank 1 differs from rank 0 in the recipe" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -126,7 +126,7 @@ class Classification(Task):
         return [f"{len(self.classes)} classes ({names}); pooling {self.model.pool}{frozen}; {val}"]
 
     def fingerprints(self) -> dict[str, str]:
-        return {} if self.val is None else {"images in data.val_dir": self.val.fingerprint()}
+        return {} if self.val is None else {"the images in data.val_dir": self.val.fingerprint()}
 
     def compute_alone(self) -> None:
         if self.config.task == "linear_probe":

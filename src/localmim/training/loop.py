@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import signal
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
 from localmim.device import compute_dtype, set_device
-from localmim.distributed import Ranks, join
+from localmim.distributed import join
 from localmim.errors import RunError, UserError
 from localmim.files import replace_text
 from localmim.models.layers import set_compute_dtype
@@ -35,6 +34,7 @@ from localmim.training.classification import Classification
 from localmim.training.diagnose import find_layer, write_dump
 from localmim.training.layout import Layout, begin_layout, changes, resumed_layout
 from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
+from localmim.training.pace import Estimate, Pace
 from localmim.training.pretraining import Pretraining
 from localmim.training.runlog import NoLog, RunLog
 from localmim.training.schedule import WarmupCosine, scaled_lr
@@ -171,16 +171,16 @@ class Run:
             return
         recipe = {k: v for k, v in flatten(self.config.as_dict()).items() if k not in DIFFERS_BY_MACHINE}
         prints = {
-            "step to go on from (output_dir must be one folder that all machines share)": self.step,
-            "recipe": zlib.crc32(json.dumps(recipe, sort_keys=True).encode()),
-            "images in data.dir": zlib.crc32(self.pipeline.fingerprint.encode()),
-            "initial weights": weights_checksum(self.model),
+            "the step to go on from (output_dir must be one folder that all machines share)": self.step,
+            "the recipe": zlib.crc32(json.dumps(recipe, sort_keys=True).encode()),
+            "the images in data.dir": zlib.crc32(self.pipeline.fingerprint.encode()),
+            "the initial weights": weights_checksum(self.model),
             **{what: zlib.crc32(text.encode()) for what, text in self.task.fingerprints().items()},
         }
         for what, there in zip(prints, self.ranks.gather(*prints.values())):
             different = np.flatnonzero(there != there[0])
             if len(different):
-                raise UserError(f"rank {different[0]} has another {what} than rank 0")
+                raise UserError(f"rank {different[0]} differs from rank 0 in {what}")
 
     # ---- Checkpoints
 
@@ -362,7 +362,8 @@ def train(config: Config) -> None:
             log.log(run.step, **record(run, measure(run, log)))
             log.sync()
             path = run.save()
-        pace, estimate = Pace(run.ranks), Estimate()
+        pace = Pace(run.ranks)
+        estimate = Estimate(run.total_steps, run.last_step, config.epochs, run.layout.world)
         rows = Rows(run)
         for row in sunk(rows) if config.data.sink else rows:
             pace.waited()
@@ -370,7 +371,7 @@ def train(config: Config) -> None:
             pace.stepped()
             if not result.finite:
                 log.message(f"step {run.step}: non-finite loss or gradient, the update is skipped")
-            if line := estimate.line(run):
+            if line := estimate.line(run.step):
                 log.message(line)
 
             # ---- Records
@@ -419,71 +420,6 @@ class Rows:
                 step += 1
                 if step == self.run.last_step:
                     return
-
-
-class Pace:
-    """How long steps take, and how much of it this device waits for images."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self.steps, self.waiting, self.spent = 0, 0.0, 0.0
-        self.begin()
-
-    def begin(self) -> None:
-        """What came before is not counted."""
-        self.since = time.perf_counter()
-
-    def waited(self) -> None:
-        """The images of a step are there."""
-        self.waiting += time.perf_counter() - self.since
-
-    def stepped(self) -> None:
-        """A step is done."""
-        now = time.perf_counter()
-        self.spent, self.steps, self.since = self.spent + now - self.since, self.steps + 1, now
-
-    def record(self, layout: Layout) -> dict:
-        """Means since the last record: of all devices, and one by one where there are several."""
-        spent, waiting = self.ranks.gather(self.spent / self.steps, self.waiting / self.steps)
-        self.steps, self.waiting, self.spent = 0, 0.0, 0.0
-        self.begin()
-        one_by_one = {}
-        if layout.world > 1:
-            one_by_one = {"images_per_s_rank": layout.share / spent, "data_wait_s_rank": waiting}
-        return {
-            "images_per_s": layout.images / spent.mean(),
-            "step_s": spent.mean(),
-            "data_wait_s": waiting.mean(),
-            **one_by_one,
-        }
-
-
-class Estimate:
-    """One line in the first minute: how long all of the recipe takes. The first step compiles, and does not count."""
-
-    STEPS, SECONDS = 20, 15.0  # enough of either
-
-    def __init__(self):
-        self.since: float | None = None
-        self.steps, self.said = 0, False
-
-    def line(self, run: Run) -> str | None:
-        """After each step: the line when it is time for it."""
-        if self.since is None:
-            self.since = time.perf_counter()
-            return None
-        self.steps += 1
-        spent = time.perf_counter() - self.since
-        if self.said or (self.steps < self.STEPS and spent < self.SECONDS):
-            return None
-        self.said = True
-        step_s, devices = spent / self.steps, run.layout.world
-        hours, left = (n * step_s / 3600 for n in (run.total_steps, run.last_step - run.step))
-        each = f" on each of {devices} devices" if devices > 1 else ""
-        return (
-            f"{step_s:.2f} s a step: the whole recipe, {run.total_steps} steps in {run.config.epochs} epochs, takes "
-            f"about {hours:.1f} hours{each} without evaluations; {left:.1f} are left to step {run.last_step}"
-        )
 
 
 def measure(run: Run, log: RunLog | NoLog) -> dict[str, float]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from localmim.distributed import Ranks
-from localmim.training import loop
+from localmim.training import pace
 from localmim.training.layout import Layout
 
 
@@ -15,24 +15,17 @@ from localmim.training.layout import Layout
 def clock(monkeypatch):
     """time.perf_counter, moved by hand."""
     now = SimpleNamespace(s=100.0)
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now.s)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now.s)
     return now
-
-
-def run_of(devices: int, step: int):
-    config = SimpleNamespace(epochs=10)
-    return SimpleNamespace(
-        total_steps=72000, last_step=36000, step=step, config=config, layout=Layout(devices, 8, 1, 8 * devices)
-    )
 
 
 @pytest.mark.parametrize(("step_s", "said_at"), [(0.5, 21), (4.0, 5)])
 def test_estimate(clock, step_s, said_at):
     """Once, within a minute of a first step of half a minute, which is left out; hours in all, and those left."""
-    estimate, lines = loop.Estimate(), {}
+    estimate, lines = pace.Estimate(72000, 36000, 10, 2), {}
     for step in range(1, 40):
         clock.s += 30.0 if step == 1 else step_s
-        if line := estimate.line(run_of(2, step)):
+        if line := estimate.line(step):
             lines[step] = line
     assert list(lines) == [said_at]
     left = (36000 - said_at) * step_s / 3600
@@ -44,16 +37,16 @@ def test_estimate(clock, step_s, said_at):
 
 def test_pace(clock):
     """Waiting for images is part of a step; a save between steps is not."""
-    pace = loop.Pace(Ranks())
+    paced = pace.Pace(Ranks())
     for _ in range(4):
         clock.s += 0.5
-        pace.waited()
+        paced.waited()
         clock.s += 1.5
-        pace.stepped()
+        paced.stepped()
     clock.s += 60
-    pace.begin()
+    paced.begin()
     clock.s += 1.0
-    pace.waited()
+    paced.waited()
     clock.s += 1.0
-    pace.stepped()
-    assert pace.record(Layout(1, 8, 2, 16)) == {"images_per_s": 8.0, "step_s": 2.0, "data_wait_s": 0.6}
+    paced.stepped()
+    assert paced.record(Layout(1, 8, 2, 16)) == {"images_per_s": 8.0, "step_s": 2.0, "data_wait_s": 0.6}
