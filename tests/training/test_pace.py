@@ -30,8 +30,8 @@ def test_estimate(clock, step_s, said_at):
     assert list(lines) == [said_at]
     left = (36000 - said_at) * step_s / 3600
     assert lines[said_at] == (
-        f"{step_s:.2f} s a step: the whole recipe, 72000 steps in 10 epochs, takes about {20 * step_s:.1f} hours "
-        f"on each of 2 devices without evaluations; {left:.1f} are left to step 36000"
+        f"{step_s:.2f} s a step: the whole recipe, 72000 steps in 10 epochs, takes about {20 * step_s:.2f} hours "
+        f"on each of 2 devices without evaluations; {left:.2f} are left to step 36000"
     )
 
 

@@ -80,7 +80,7 @@ class Classification(Task):
         self.drops = any(self.model.drop_rates)
         self.mix = self.mixing(config)
         self.pairs = self.mix.mixup is not None
-        if self.pairs:
+        if self.pairs and not config.shared_draws:
             self.by_batch = "mixup and cutmix"
         if config.task == "linear_probe":
             self.by_batch = "the statistics"

@@ -161,7 +161,7 @@ class Run:
         before = Layout(**before) if before else begin_layout(saved, 1)
         now = resumed_layout(self.config, self.ranks.world, before.effective_batch, saved, self.task.pairs)
         lines += changes(before, now)
-        if before != now and self.task.by_batch and not self.config.shared_draws:
+        if before != now and self.task.by_batch:
             lines.append(f"{self.task.by_batch} of each forward pass: others from here on than with the devices before")
         return now, lines
 
@@ -436,6 +436,7 @@ def record(run: Run, measured: dict[str, float]) -> dict:
         UserError: All devices together have found too many unreadable images.
     """
     run.pipeline.bad.merge(run.ranks.union(set(run.pipeline.bad.ids)))
+    run.pipeline.bad.check()
     return {
         "epoch": run.step / run.steps_per_epoch,
         **run.interval_means(),

@@ -70,5 +70,5 @@ class Estimate:
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         return (
             f"{step_s:.2f} s a step: the whole recipe, {self.total_steps} steps in {self.epochs} epochs, takes about "
-            f"{hours:.1f} hours{each} without evaluations; {left:.1f} are left to step {self.last_step}"
+            f"{hours:.2f} hours{each} without evaluations; {left:.2f} are left to step {self.last_step}"
         )

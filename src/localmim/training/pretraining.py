@@ -34,7 +34,7 @@ class Pretraining(Task):
         self.model = self.network = build_model(config)
         self.loss_parts = len(self.model.decoders)
         self.masking = build_masking(config, self.model)
-        if isinstance(self.masking, UnitMasking):
+        if isinstance(self.masking, UnitMasking) and not config.shared_draws:
             self.by_batch = "the mask"
         encoder = self.model.encoder
         self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
