@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -59,8 +60,10 @@ def whole(recipe) -> Path:
 
 def rank_process(output: Path, rank: int) -> psutil.Process:
     """A rank of the newest job."""
-    newest = max((output / "logs").iterdir())
-    return psutil.Process(int((newest / f"rank_{rank}.pid").read_text()))
+    record = max((output / "logs").iterdir()) / f"rank_{rank}.pid"
+    while not record.exists():
+        time.sleep(0.05)
+    return psutil.Process(int(record.read_text()))
 
 
 def test_ctrl_c_and_kill(recipe, whole):
