@@ -101,15 +101,14 @@ def test_ctrl_c_and_kill(recipe, whole):
 
 
 def test_another_number_of_devices(recipe, whole):
-    """Two devices, then one, then two: the effective batch stays, which is said, and so do the weights but for
-    rounding."""
+    """Two devices, then one: the effective batch stays, which is said, and so do the weights but for rounding."""
     output = recipe.parent / "fewer"
     shutil.copytree(whole, output)
     for folder in (output / "checkpoints").glob("step_*"):
         if folder.name > "step_00000020":
             shutil.rmtree(folder)
     (output / "checkpoints" / "LATEST").write_text("step_00000020\n")
-    code, text = finish(launch(1, recipe, "--output_dir", str(output), "--max_steps", "30"))
+    code, text = finish(launch(1, recipe, "--output_dir", str(output)))
     assert code == 0, text
     assert "devices x batch x forward passes: 2 x 4 x 1 = 8 images a step before, 1 x 4 x 2 = 8 now" in text
     assert read_checkpoint(output).state["layout"] == {
@@ -118,8 +117,6 @@ def test_another_number_of_devices(recipe, whole):
         "accumulate": 2,
         "effective_batch": 8,
     }
-    text = on_two(recipe, output)
-    assert "1 x 4 x 2 = 8 images a step before, 2 x 4 x 1 = 8 now" in text
     assert max(differences(output, whole, leave_out_key_biases=True).values()) < 2e-6
 
 

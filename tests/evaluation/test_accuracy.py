@@ -86,8 +86,8 @@ def test_ranks_share_the_images_and_count_each_once(world):
     Gathered.seen = []
     for rank in range(world):
         accuracy(Grey(6), source, CONFIG, batch_size=2, ranks=Gathered(rank, world), bar=False)
-    hits, hits5, loss, images = np.sum(Gathered.seen, axis=0)
-    assert images == 11 and len(Gathered.seen) == world
+    hits, hits5, loss, images, unreadable = np.sum(Gathered.seen, axis=0)
+    assert images == 11 and unreadable == 0 and len(Gathered.seen) == world
     assert whole["top1"] == pytest.approx(100 * hits / images)
     assert whole["top5"] == pytest.approx(100 * hits5 / images)
     assert whole["loss"] == pytest.approx(loss / images)

@@ -58,28 +58,28 @@ def accuracy(
     encoder = model.encoder
     numbers = np.arange(int(source.labels.max()) + 1) if numbers is None else numbers
     samples = range(ranks.rank, len(source), ranks.world)
-    totals = np.zeros(4)  # hits, hits among five, loss, images
+    totals = np.zeros(5)  # hits, hits among five, loss, images, those that cannot be read
     batches = eval_batches(source, config, encoder.image_size, encoder.in_chans, batch_size, samples)
     with tqdm(total=len(samples), desc="evaluating", unit="img", disable=not bar or ranks.rank > 0) as progress:
         for batch in batches:
             count = len(batch.ids)
             logits = model(Tensor(filled_up(batch.images, batch_size))).asnumpy()[:count].astype(np.float64)
-            totals += score(logits, numbers[batch.labels])
+            totals[:4] += score(logits, numbers[batch.labels])
             progress.update(count)
             if totals[3]:
                 progress.set_postfix_str(f"top-1 {100 * totals[0] / totals[3]:.2f} %", refresh=False)
-    hits, hits5, loss, images = ranks.total(totals)
+    totals[4] = len(samples) - totals[3]
+    hits, hits5, loss, images, unreadable = ranks.total(totals)
     if images == 0:
         raise UserError("none of the images can be read")
-    unreadable = len(source) - int(images)
     if unreadable > config.max_bad_share * len(source):  # each device has seen its own only
-        raise UserError(f"{unreadable} of {len(source)} images cannot be read, more than data.max_bad_share")
+        raise UserError(f"{unreadable:.0f} of {len(source)} images cannot be read, more than data.max_bad_share")
     return {
         "top1": 100 * hits / images,
         "top5": 100 * hits5 / images,
         "loss": loss / images,
         "images": int(images),
-        "unreadable": unreadable,
+        "unreadable": int(unreadable),
     }
 
 
