@@ -12,7 +12,8 @@ from localmim import cli
 from localmim.config import load_config
 from localmim.errors import RunError
 from localmim.training.checkpoint import read_checkpoint
-from localmim.training.loop import Run, flatten, introduction, train
+from localmim.training.loop import Run, introduction, train
+from localmim.training.same_recipe import flatten
 
 RECIPE = {
     "epochs": 2,

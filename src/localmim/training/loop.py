@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +36,11 @@ from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
 from localmim.training.pace import Estimate, Pace
 from localmim.training.pretraining import Pretraining
 from localmim.training.runlog import NoLog, RunLog
+from localmim.training.same_recipe import refuse_other_recipe, shared_by_machines
 from localmim.training.schedule import WarmupCosine, scaled_lr
 from localmim.training.sink import Row, require_sink, sunk
 from localmim.training.step import LossScaler, StepResult, TrainStep
+from localmim.training.stop import stop_signals
 from localmim.training.task import Task
 
 TASKS: dict[str, type[Task]] = {
@@ -49,19 +50,6 @@ TASKS: dict[str, type[Task]] = {
 }
 LARS_TRUST = 0.001
 CHECKPOINTS = "checkpoints"
-# What may differ from machine to machine of one run: where things are.
-DIFFERS_BY_MACHINE = {"device", "init", "data.dir", "data.val_dir", "data.format", "data.workers", "target.codebook"}
-# What may differ when a run goes on: none of it changes what is computed, except how long.
-MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint", "wait_limit_s"} | {
-    *("batch_size", "accumulate"),  # with the number of devices: their product is checked
-    "model.recompute",
-    "data.sink",
-    *(f"data.{k}" for k in ("dir", "format", "workers", "max_bad_share")),
-    "init",  # where a run began
-    "classification.eval_every",
-    "data.val_dir",
-    "target.codebook",  # its place; what is in it is checked
-}
 
 
 class Run:
@@ -169,7 +157,7 @@ class Run:
         """UserError where the devices have not begun with the same recipe, images and weights at the same step."""
         if self.ranks.world == 1:
             return
-        recipe = {k: v for k, v in flatten(self.config.as_dict()).items() if k not in DIFFERS_BY_MACHINE}
+        recipe = shared_by_machines(self.config.as_dict())
         prints = {
             "the step to go on from (output_dir must be one folder that all machines share)": self.step,
             "the recipe": zlib.crc32(json.dumps(recipe, sort_keys=True).encode()),
@@ -469,26 +457,6 @@ def introduction(run: Run) -> list[str]:
     return [*lines, "compiling the step, which takes a while once"]
 
 
-def refuse_other_recipe(saved: dict, now: dict, output: Path) -> None:
-    """UserError when the run in `output` was begun with a recipe that computes something else."""
-    before, after = flatten(saved), flatten(now)
-    for key in sorted(before.keys() | after.keys()):
-        free = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
-        if not free and before.get(key) != after.get(key):
-            raise UserError(
-                f"{output} holds a run with {key} {before.get(key)}, and this one has {after.get(key)}: "
-                "name another output_dir"
-            )
-
-
-def flatten(values: dict, above: str = "") -> dict:
-    """Nested dict to dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value})
-    return flat
-
-
 def weights_checksum(model: nn.Cell) -> int:
     """Of all parameters, 32 bits."""
     checksum = 0
@@ -508,27 +476,6 @@ def write_config(output: Path, config: Config) -> None:
     except OSError as error:
         raise UserError(f"cannot write to output_dir {output}: {error.strerror}") from error
     replace_text(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that gets the name of the first SIGTERM, SIGINT or SIGHUP; a second one acts at once.
-
-    One that is ignored stays so, as nohup has it.
-    """
-    received: list[str] = []
-
-    def note(number, _frame):
-        received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {n: signal.signal(n, note) for n in asking if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

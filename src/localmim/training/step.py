@@ -147,7 +147,7 @@ class _MeanOverDevices(nn.Cell):
         self.sum = ops.AllReduce()
         sizes = [p.size for p in parameters]
         self.begins = tuple(int(n) for n in np.cumsum([0, *sizes[:-1]]))
-        self.reducer = nn.DistributedGradReducer(list(parameters), True, world)
+        self.reducer = None if in_one else nn.DistributedGradReducer(list(parameters), True, world)
 
     def construct(self, gradients):
         if not self.in_one:
