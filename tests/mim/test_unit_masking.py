@@ -22,7 +22,7 @@ def encoder(size: tuple[int, int] = (224, 224), window: int = 7, quirks: bool = 
         fits = min(grid) <= window
         stages.append(Stage(grid, min(grid) if fits else window, (0,) if fits else (0, window // 2)))
     grids = [stages[min(t + 1, 3)].grid for t in taps]
-    return SimpleNamespace(stages=stages, tap_grids=grids, rows_first=quirks, mask_grid=stages[3].grid)
+    return SimpleNamespace(stages=stages, tap_grids=grids, rows_first=quirks, mask_grid=stages[3].grid, mask_unit=32)
 
 
 def same(a, b) -> bool:

@@ -109,7 +109,7 @@ def test_introduction_shows_the_arithmetic(recipe, tmp_path):
     run = Run(load_config(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]))
     text = "\n".join(introduction(run))
     assert "lr = 0.5 x 4 / 256 = 0.0078125; effective batch, devices x batch x forward passes: 1 x 2 x 2 = 4" in text
-    assert "2x4 squares of 8 px, 2 visible" in text
+    assert "2 of 8 patches visible" in text
     assert "the top 2 of 7 blocks lie above the last tap" in text
 
 

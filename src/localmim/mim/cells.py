@@ -47,7 +47,11 @@ def check_grid(grid: tuple[int, int], scale: float) -> None:
 
 
 def target_rows(target: Tensor, scale: float, ids_mask: Tensor) -> Tensor:
-    """A target on the grid of cells, [B, hs, ws, D], as rows in the order of the predictions (module docstring)."""
+    """A target on the grid of cells, [B, hs, ws, D], as rows in the order of the predictions (module docstring).
+
+    Args:
+        ids_mask: [B, M], or [B*V, M] where each image is seen in V views, those of an image side by side.
+    """
     B, hs, ws, D = target.shape
     if scale < 1:
         return target.reshape(B, hs * ws, D)
@@ -58,7 +62,9 @@ def target_rows(target: Tensor, scale: float, ids_mask: Tensor) -> Tensor:
         s = int(scale)
         x = target.reshape(B, hs // s, s, ws // s, s, D).transpose(0, 1, 3, 2, 4, 5)  # [B, h, w, s, s, D]
     s = int(scale)
-    return take_rows(x.reshape(B, hs * ws // (s * s), s * s * D), ids_mask)  # [B, M, s*s*D]
+    rows, M = ids_mask.shape
+    x = take_rows(x.reshape(B, hs * ws // (s * s), s * s * D), ids_mask.reshape(B, rows // B * M))
+    return x.reshape(rows, M, s * s * D)
 
 
 def quad_ids(ids: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from localmim.mim.cells import check_grid, quad_ids
+from localmim.mim.cells import check_grid, coarse_weights, quad_ids, target_rows
 from localmim.models.layers import (
     Block,
     Gelu,
@@ -198,3 +198,11 @@ class Decoder(nn.Cell):
     def construct(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor) -> Tensor:
         """latent [B, 1+K, D_enc], class token first, or [B, K, D_enc] -> predictions as rows (see mim/cells.py)."""
         return self.head(self.rows(latent, ids_keep, ids_mask), ids_restore)
+
+    def expected(self, target: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor):
+        """What the predictions should be, out of a target [B, hs, ws, D], and the weight of each row, None: all alike.
+
+        At scale 1/2 a row counts by the share of its cell that is hidden.
+        """
+        weights = coarse_weights(ids_restore, ids_keep.shape[1], self.grid) if self.scale < 1 else None  # [B, L/4]
+        return target_rows(target, self.scale, ids_mask), weights

@@ -8,14 +8,17 @@ of four. On a Swin `reference_quirks` decides (docs/quirks.md), and image sizes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mindspore import nn
 
 from localmim.mim.cells import cell_pixels, check_scale
 from localmim.mim.decoders import Decoder
 from localmim.mim.losses import cross_entropy, squared_error
+from localmim.mim.masking import RandomMasking
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.targets import CodebookTarget, HogTarget, PixelTarget
+from localmim.mim.unit_masking import UnitMasking
 from localmim.models.registry import register
 from localmim.models.sizes import SWIN, VIT
 from localmim.models.swin import SwinTransformer
@@ -127,7 +130,8 @@ def localmim_vit(
         for s, d in zip(scales, targets.dims)
     ]
     freeze(list(encoder.blocks)[taps[-1] + 1 :])
-    return MaskedImageModel(encoder, decoders, targets, error)
+    h, w = encoder.grid
+    return MaskedImageModel(encoder, decoders, targets, partial(RandomMasking, h * w), error)
 
 
 def localmim_swin(
@@ -195,7 +199,7 @@ def localmim_swin(
             Decoder(*sizes, dim, decoder_depth, decoder_heads, mlp_ratio, class_token=False, linear_head=True)
         )
     freeze(list(encoder.layers)[taps[-1] + 1 :])
-    return MaskedImageModel(encoder, decoders, targets, error)
+    return MaskedImageModel(encoder, decoders, targets, partial(UnitMasking, encoder), error)
 
 
 for _name, _sizes in VIT.items():

@@ -7,15 +7,50 @@ is the same wherever and whenever it is asked for. 1 = hidden throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from localmim.errors import UserError
 
 
+class Mask(Protocol):
+    """A batch's masks, ready for the graph; of one shape for every batch."""
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What enters the graph; the encoder knows the order."""
+
+    def mask(self) -> np.ndarray:
+        """[B, cells] float32 on the encoder's `mask_grid`, row-major, 1 = hidden."""
+
+    def tap(self, k: int):
+        """Has `ids_mask` [B, R] (or [B*V, R], V views an image): the patch of each row that decoder k predicts."""
+
+
+class Masking(Protocol):
+    """Draws masks.
+
+    Attributes:
+        by_batch: Whether the images of a batch share a draw, so that a mask depends on the batch an image is in.
+    """
+
+    by_batch: bool
+
+    def __call__(self, epoch: int, samples: np.ndarray, draw: int | None = None) -> Mask:
+        """Masks of a batch.
+
+        Args:
+            samples: Positions in the data set, [B].
+            draw: What a mask shared by a batch follows from in place of its first image (`shared_draws`).
+        """
+
+    def describe(self) -> str:
+        """How much is hidden, in words."""
+
+
 @dataclass(frozen=True)
 class TokenMask:
-    """A batch's masks as index arrays, int32, of one shape for every batch.
+    """A batch's masks for an encoder that sees visible patches only: index arrays, int32.
 
     Attributes:
         ids_keep: [B, K] visible patches, in the order in which the encoder sees them.
@@ -78,8 +113,13 @@ class RandomMasking:
         seed: The run's seed.
     """
 
+    by_batch = False
+
     def __init__(self, num_patches: int, ratio: float, seed: int):
         self.num_patches, self.keep, self.seed = num_patches, num_visible(num_patches, ratio), seed
+
+    def describe(self) -> str:
+        return f"{self.keep} of {self.num_patches} patches visible"
 
     def noise(self, epoch: int, sample: int) -> np.ndarray:
         """U[0, 1) float64 [L], a function of (seed, epoch, sample) alone."""

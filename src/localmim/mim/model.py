@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from mindspore import Tensor, nn, ops
 
-from localmim.mim.cells import cell_pixels, coarse_weights, target_rows
+from localmim.mim.cells import cell_pixels
 from localmim.mim.losses import squared_error, weighted_mean
+from localmim.mim.masking import Masking
 
 
 class MaskedImageModel(nn.Cell):
@@ -18,13 +19,23 @@ class MaskedImageModel(nn.Cell):
 
     Args:
         encoder: Images and mask arrays -> a list of latents, one a tap; `tap_mask` gives each tap its own arrays.
-        decoders: One a tap: latent and mask arrays -> predictions as rows (see mim/cells.py).
+        decoders: One a tap: latent and mask arrays -> predictions as rows (see mim/cells.py), and `expected`, which
+            lays a target out alike.
         target: Images and its own arrays -> a grid of values a scale.
+        masking: (ratio, seed) -> what draws the masks of a batch (mim/masking.py).
         error: Rows of predictions and of targets -> an error a row, in float32 (mim/losses.py).
     """
 
-    def __init__(self, encoder: nn.Cell, decoders: list[nn.Cell], target: nn.Cell, error: Callable = squared_error):
+    def __init__(
+        self,
+        encoder: nn.Cell,
+        decoders: list[nn.Cell],
+        target: nn.Cell,
+        masking: Callable[[float, int], Masking],
+        error: Callable = squared_error,
+    ):
         super().__init__()
+        self.masking = masking
         self.encoder = encoder
         self.decoders = nn.CellList(decoders)
         self.target = target
@@ -58,13 +69,9 @@ class MaskedImageModel(nn.Cell):
             yield f"target at scale {self.decoders[k].scale:g}", grid
 
     def loss(self, k: int, prediction: Tensor, target: Tensor, *mask: Tensor) -> Tensor:
-        """Mean error of the hidden cells at scale k, in float32; at scale 1/2 weighted by the hidden share."""
-        ids_keep, ids_mask, ids_restore = self.encoder.tap_mask(mask, k)
-        scale = self.decoders[k].scale
-        weights = None
-        if scale < 1:
-            weights = coarse_weights(ids_restore, ids_keep.shape[1], self.decoders[k].grid)  # [B, L/4]
-        return weighted_mean(self.error(prediction, target_rows(target, scale, ids_mask)), weights)
+        """Mean error of the hidden cells that decoder k predicts, in float32."""
+        rows, weights = self.decoders[k].expected(target, *self.encoder.tap_mask(mask, k))
+        return weighted_mean(self.error(prediction, rows), weights)
 
     def construct(self, images: Tensor, *arrays: Tensor):
         """Images, mask arrays and target arrays -> (loss, losses [scales]); loss is their plain sum.

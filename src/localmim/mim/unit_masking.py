@@ -62,6 +62,8 @@ class UnitMasking:
         UserError: The ratio leaves nothing visible or hides nothing.
     """
 
+    by_batch = True
+
     def __init__(self, encoder, ratio: float, seed: int):
         self.stages, self.tap_grids, self.quirks = encoder.stages, encoder.tap_grids, encoder.rows_first
         self.units = encoder.mask_grid
@@ -75,6 +77,11 @@ class UnitMasking:
         self.tokens = [self._tokens(stage.grid) for stage in self.stages]
         self.coordinates = [self._coordinates(s) for s in range(len(self.stages))]
         self.tap_tokens = [self._tokens(grid) for grid in self.tap_grids]
+        self.unit_px = encoder.mask_unit
+
+    def describe(self) -> str:
+        h, w = self.units
+        return f"{self.keep} of {h}x{w} squares of {self.unit_px} px visible, the same in all images of a batch"
 
     def __call__(self, epoch: int, samples: np.ndarray, draw: int | None = None) -> UnitMask:
         """The mask of a batch.

@@ -8,14 +8,13 @@ from mindspore import nn
 
 from localmim.config import Config
 from localmim.errors import UserError
-from localmim.mim.masking import RandomMasking
+from localmim.mim.masking import Masking
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import Tokenizer, open_tokenizer
-from localmim.mim.unit_masking import UnitMasking
 from localmim.models.classifier import Classifier
 from localmim.models.layers import Block
 from localmim.models.registry import create_model, list_models
-from localmim.models.swin import SwinBlock, SwinTransformer
+from localmim.models.swin import SwinBlock
 
 
 def build_model(config: Config) -> MaskedImageModel | Classifier:
@@ -84,13 +83,10 @@ def build_tokenizer(config: Config, model: MaskedImageModel) -> Tokenizer | None
     return open_tokenizer(target.codebook, model.cell_sides(), target.vocab, encoder.in_chans, encoder.image_size)
 
 
-def build_masking(config: Config, model: MaskedImageModel) -> RandomMasking | UnitMasking:
+def build_masking(config: Config, model: MaskedImageModel) -> Masking:
     """The recipe's masks.
 
     Raises:
         UserError: The ratio leaves nothing visible or hides nothing.
     """
-    if isinstance(model.encoder, SwinTransformer):
-        return UnitMasking(model.encoder, config.mask.ratio, config.seed)
-    h, w = model.encoder.grid
-    return RandomMasking(h * w, config.mask.ratio, config.seed)
+    return model.masking(config.mask.ratio, config.seed)

@@ -12,7 +12,6 @@ from localmim.data.sources import open_source
 from localmim.distributed import Ranks
 from localmim.errors import UserError
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
-from localmim.mim.unit_masking import UnitMasking
 from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.initial import go_on_pretraining
 from localmim.training.optimizer import Group, pretraining_groups
@@ -34,7 +33,7 @@ class Pretraining(Task):
         self.model = self.network = build_model(config)
         self.loss_parts = len(self.model.decoders)
         self.masking = build_masking(config, self.model)
-        if isinstance(self.masking, UnitMasking) and not config.shared_draws:
+        if self.masking.by_batch and not config.shared_draws:
             self.by_batch = "the mask"
         encoder = self.model.encoder
         self.source = open_source(config.data.dir, config.data.format, encoder.in_chans)
@@ -60,8 +59,7 @@ class Pretraining(Task):
 
     def introduction(self) -> list[str]:
         encoder = self.model.encoder
-        h, w = encoder.mask_grid
-        lines = [f"{h}x{w} squares of {encoder.mask_unit} px, {self.masking.keep} visible"]
+        lines = [self.masking.describe()]
         if encoder.idle():
             lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
         return lines
