@@ -28,9 +28,10 @@ class ModelConfig:
     in_chans: Optional[int] = None
     embed_dim: Optional[int] = None
     depth: Optional[int] = None  # ViT: blocks
-    depths: Optional[list[int]] = None  # Swin: blocks of each stage
+    embed_dims: Optional[list[int]] = None  # ConvViT: width of each stage
+    depths: Optional[list[int]] = None  # Swin, ConvViT: blocks of each stage
     num_heads: Optional[Union[int, list[int]]] = None  # ViT: a number; Swin: one a stage
-    window_size: Optional[int] = None  # Swin: tokens a side
+    window_size: Optional[int] = None  # Swin, ConvViT: tokens a side of attention's windows
     taps: Optional[list[int]] = None  # ViT blocks or Swin stages (from 0) whose outputs are decoded
     scales: Optional[list[float]] = None  # cells a token side at each tap: 4, 2, 1 or 0.5
     decoder_dim: Optional[int] = None
@@ -50,19 +51,46 @@ class ModelConfig:
 class MaskConfig:
     """Which patches are hidden."""
 
-    ratio: float = 0.75  # share of the patches that is hidden, inside (0, 1)
+    ratio: Optional[float] = None  # share that is hidden, inside (0, 1); null: the method's (PUBLISHED)
+    min_block: Optional[int] = (
+        None  # MaskFeat, BEiT: patches of the smallest rectangle; null: a fifth of the hidden ones
+    )
+    window: Optional[int] = None  # LoMaR: patches a side of a window; null: 7
+    views: Optional[int] = None  # LoMaR: windows of an image; null: 4
 
 
 @dataclass
 class TargetConfig:
     """What is predicted for the hidden patches."""
 
-    kind: Literal["hog", "pixels", "codebook"] = "hog"
+    kind: Optional[Literal["hog", "pixels", "codebook"]] = None  # null: the method's (PUBLISHED)
     nbins: int = 9  # HOG: orientation bins a channel
     bias: bool = False  # HOG: the frozen random gradient bias of the authors' larger recipes
-    norm_pix: bool = True  # pixels: normalise each cell by its own mean and deviation
+    norm_pix: Optional[bool] = None  # pixels: normalise each cell by its own mean and deviation; null: the method's
     codebook: list[str] = field(default_factory=list)  # codebook: .safetensors (k-means), .mindir or .npz (ids) files
     vocab: int = 512  # codebook: its entries
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a method hides and predicts unless a recipe says otherwise."""
+
+    ratio: float = 0.75
+    target: str = "pixels"
+    norm_pix: bool = True
+
+
+PUBLISHED = {  # by what a model's name begins with
+    "localmim": Published(target="hog"),
+    "mae": Published(),
+    "simmim": Published(ratio=0.6, norm_pix=False),
+    "greenmim": Published(),
+    "maskfeat": Published(ratio=0.4, target="hog"),
+    "beit": Published(ratio=75 / 196, target="codebook"),
+    "lomar": Published(ratio=0.8),
+    "convmae": Published(),
+    "fastconvmae": Published(),
+}
 
 
 @dataclass
@@ -150,6 +178,17 @@ class Config:
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        """What the method decides becomes a value, so that a run's record says it."""
+        method = self.model.name.partition("_")[0] if self.task == "pretrain" else "localmim"
+        published = PUBLISHED.get(method, PUBLISHED["localmim"])
+        if self.mask.ratio is None:
+            self.mask.ratio = published.ratio
+        if self.target.kind is None:
+            self.target.kind = published.target
+        if self.target.norm_pix is None:
+            self.target.norm_pix = published.norm_pix
 
     def as_dict(self) -> dict:
         """Plain nested dict, ready for YAML or JSON: tuples are lists."""

@@ -104,6 +104,12 @@ def mask_from_shuffle(ids_shuffle: np.ndarray, keep: int) -> TokenMask:
     return TokenMask(ids_shuffle[:, :keep].copy(), ids_shuffle[:, keep:].copy(), ids_restore)
 
 
+def philox(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """The random numbers of a sample's mask."""
+    key = np.random.SeedSequence((seed, epoch, sample)).generate_state(2, np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
 class RandomMasking:
     """Hides a share of the patches of each image at random (MAE, LocalMIM).
 
@@ -123,8 +129,7 @@ class RandomMasking:
 
     def noise(self, epoch: int, sample: int) -> np.ndarray:
         """U[0, 1) float64 [L], a function of (seed, epoch, sample) alone."""
-        key = np.random.SeedSequence((self.seed, epoch, sample)).generate_state(2, np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).random(self.num_patches)
+        return philox(self.seed, epoch, sample).random(self.num_patches)
 
     def __call__(self, epoch: int, samples: np.ndarray, draw: int | None = None) -> TokenMask:
         """Masks of a batch; `samples` [B] are positions in the data set. Each image has its own, whatever the draw."""

@@ -50,9 +50,17 @@ class Linear(nn.Cell):
         self.compute_dtype = ms.float32
         self.project = Project()
 
-    def construct(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return self.project(x, self.weight, self.bias, self.compute_dtype)
+    def construct(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out].
+
+        Args:
+            scale: [out], what each output is multiplied with; the weights are, which are fewer.
+        """
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight = weight * scale.reshape(-1, 1).broadcast_to(weight.shape)
+            bias = bias * scale
+        return self.project(x, weight, bias, self.compute_dtype)
 
 
 class Project(nn.Cell):
@@ -183,15 +191,20 @@ class Mlp(nn.Cell):
         self.act = Gelu()
         self.fc2 = Linear(hidden, dim)
 
-    def construct(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.fc2(self.act(self.fc1(x)))
+    def construct(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D], times `scale` [D]."""
+        return self.fc2(self.act(self.fc1(x)), scale)
 
 
 class Attention(nn.Cell):
-    """Multi-head attention; the caller applies the fused projection `qkv` (q, then k, then v along its rows)."""
+    """Multi-head attention; the caller applies the fused projection `qkv` (q, then k, then v along its rows).
 
-    def __init__(self, dim: int, num_heads: int):
+    Args:
+        relative: What each block adds to the scores by itself: a Cell from queries and `relation` to a bias
+            (models/relative.py).
+    """
+
+    def __init__(self, dim: int, num_heads: int, relative: nn.Cell | None = None):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
@@ -200,24 +213,27 @@ class Attention(nn.Cell):
         self.widen_bias = True  # False for ONNX, which widens by itself and cannot write an open batch size (export.py)
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
+        self.relative = relative
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
 
-    def attend(self, qkv: Tensor, skip: int = 0, bias: Tensor | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None) -> Tensor:
         """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D], heads side by side.
 
         Args:
             skip: No output for the first `skip` rows.
-            bias: [G, nh, N - skip, N], added to the scores; B is a multiple of G, whose biases follow each other.
+            relation: [G, nh, N - skip, N], added to the scores; B is a multiple of G, whose biases follow each other.
+                With `relative` it is what that takes: the class of each pair of rows, int32 [N, N].
         """
         B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         Q, nh = N - skip, self.num_heads
         q, k, v = ops.split(qkv, D, 2)
-        q = (without_first(q, skip) * self.scale).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
+        q = without_first(q, skip).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
         k = k.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
         v = v.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
-        scores = self.scores(q, k).astype(ms.float32)  # [B, nh, Q, N]
+        bias = relation if self.relative is None else self.relative(q, relation, skip)
+        scores = self.scores(q * self.scale, k).astype(ms.float32)  # [B, nh, Q, N]
         if bias is not None:
             wide = scores.reshape(-1, *bias.shape)
             bias = bias.broadcast_to(wide.shape) if self.widen_bias else bias
@@ -225,37 +241,57 @@ class Attention(nn.Cell):
         weights = self.softmax(scores).astype(v.dtype)
         return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)
 
-    def construct(self, qkv: Tensor, skip: int = 0) -> Tensor:
-        """Projected rows qkv [B, N, 3D] -> [B, N - skip, D]."""
-        return self.proj(self.attend(qkv, skip))
+    def construct(
+        self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """Projected rows qkv [B, N, 3D] -> [B, N - skip, D], times `scale` [D]."""
+        return self.proj(self.attend(qkv, skip, relation), scale)
 
 
 class Block(nn.Cell):
-    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x))."""
+    """Pre-norm transformer block: x + Attn(LN(x)), then x + MLP(LN(x)).
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    Args:
+        relative: As in Attention.
+        layer_scale: What the learned factors of both branches start at; None: there are none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        relative: nn.Cell | None = None,
+        layer_scale: float | None = None,
+    ):
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, relative)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma_1 = self.gamma_2 = None
+        if layer_scale is not None:
+            self.gamma_1, self.gamma_2 = (parameter(np.full(dim, layer_scale, np.float32)) for _ in range(2))
 
     def project(self, x: Tensor) -> Tensor:
         """Normed queries, keys and values of rows, before they attend: [..., D] -> [..., 3D]."""
         return self.attn.qkv(self.norm1(x))
 
-    def attend(self, x: Tensor, qkv: Tensor, skip: int = 0, drop: Tensor | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, qkv: Tensor, skip: int = 0, drop: Tensor | None = None, relation: Tensor | None = None
+    ) -> Tensor:
         """The block of rows whose `project` is known: x [B, N - skip, D], qkv [B, N, 3D] -> [B, N - skip, D]."""
-        x = x + drop_path(self.attn(qkv, skip), drop, 0)
-        return x + drop_path(self.mlp(self.norm2(x)), drop, 1)
+        x = x + drop_path(self.attn(qkv, skip, relation, self.gamma_1), drop, 0)
+        return x + drop_path(self.mlp(self.norm2(x), self.gamma_2), drop, 1)
 
-    def construct(self, x: Tensor, skip: int = 0, drop: Tensor | None = None) -> Tensor:
+    def construct(self, x: Tensor, skip: int = 0, drop: Tensor | None = None, relation: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N - skip, D]: the first `skip` rows are attended to, but not computed.
 
         Args:
             drop: [2, B], what each sample's attention and MLP are multiplied with (training/drop_path.py).
+            relation: As in Attention.attend.
         """
-        return self.attend(without_first(x, skip), self.project(x), skip, drop)
+        return self.attend(without_first(x, skip), self.project(x), skip, drop, relation)
 
 
 def drop_path(x: Tensor, drop: Tensor | None, branch: int) -> Tensor:
@@ -284,6 +320,14 @@ def take_rows(x: Tensor, ids: Tensor) -> Tensor:
     B, N, D = x.shape
     offsets = Tensor(np.arange(B, dtype=np.int32).reshape(B, 1) * N)
     return ops.gather(x.reshape(B * N, D), ids + offsets, 0)
+
+
+def replace_tokens(x: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
+    """Hidden rows become the token: x [B, N, D], hidden float [B, N] of 0 and 1, token [1, 1, D] -> [B, N, D]."""
+    B, N, D = x.shape
+    hidden = hidden.reshape(B * N, 1).astype(x.dtype)
+    kept = x.reshape(B * N, D) * (1 - hidden).broadcast_to((B * N, D))
+    return (kept + ops.matmul(hidden, token.reshape(1, D).astype(x.dtype))).reshape(B, N, D)
 
 
 class PatchEmbed(nn.Cell):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from localmim.errors import UserError
 
 _MODELS: dict[str, Callable] = {}
+_CLASSIFIERS: set[str] = set()
 
 
 def register(name: str, factory: Callable, sizes: dict, classifies: bool = False) -> None:
@@ -29,15 +30,18 @@ def register(name: str, factory: Callable, sizes: dict, classifies: bool = False
         return create_model(name, **{"in_chans": in_channels, **classes, **kwargs})
 
     _MODELS[name] = build
+    if classifies:
+        _CLASSIFIERS.add(name)
     from mindcv.models.registry import register_model
 
     for_mindcv.__name__ = name
     register_model(for_mindcv)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Registered names that match a shell pattern, sorted."""
-    return sorted(fnmatch.filter(_MODELS, pattern))
+def list_models(pattern: str = "*", classifiers: bool | None = None) -> list[str]:
+    """Registered names that match a shell pattern, sorted: of classifiers, of what is none, or (None) all."""
+    names = sorted(fnmatch.filter(_MODELS, pattern))
+    return names if classifiers is None else [n for n in names if (n in _CLASSIFIERS) == classifiers]
 
 
 def create_model(name: str, **kwargs):

@@ -62,7 +62,11 @@ def fit_to_size(arrays: dict[str, np.ndarray], model, image_size=None) -> Resize
     """
     encoder, fitted, codes, tables = model.encoder, dict(arrays), "", []
     code = arrays.get("encoder.pos_embed")
-    if code is not None and hasattr(encoder, "pos_embed") and code.shape[1] != encoder.pos_embed.shape[1]:
+    if (
+        code is not None
+        and getattr(encoder, "pos_embed", None) is not None
+        and code.shape[1] != encoder.pos_embed.shape[1]
+    ):
         count = code.shape[1] - encoder.class_tokens
         side = math.isqrt(count)
         before = tuple(s // encoder.patch_size for s in to_pair(image_size)) if image_size else (side, side)

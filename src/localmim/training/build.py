@@ -40,7 +40,7 @@ def build_classifier(name: str, given: dict, config: Config) -> Classifier:
         given["probe"] = True
     model = create_model(name, reference_quirks=config.reference_quirks, **given)
     if not isinstance(model, Classifier):
-        known = ", ".join(list_models("[!l]*"))
+        known = ", ".join(list_models(classifiers=True))
         raise UserError(f"model.name {name} is a model for pre-training, task {config.task} needs one of {known}")
     return model
 
@@ -48,6 +48,9 @@ def build_classifier(name: str, given: dict, config: Config) -> Classifier:
 def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedImageModel:
     """The model of a pre-training recipe; `given` are the keys of `model` that are set."""
     target = config.target
+    if not given["isolated_gradients"]:
+        del given["isolated_gradients"]  # not every method has it
+    mask = {k: v for k, v in dataclasses.asdict(config.mask).items() if v is not None and k != "ratio"}
     model = create_model(
         name,
         target=target.kind,
@@ -58,9 +61,11 @@ def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedIma
         reference_quirks=config.reference_quirks,
         seed=config.seed,
         **given,
+        **mask,
     )
     if not isinstance(model, MaskedImageModel):
-        raise UserError(f"model.name {name} is a classifier, task pretrain needs one of localmim_*")
+        known = ", ".join(list_models(classifiers=False))
+        raise UserError(f"model.name {name} is a classifier, task pretrain needs one of {known}")
     return model
 
 
