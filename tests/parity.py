@@ -17,16 +17,16 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from golden_cases import localmim
+from golden_cases import greenmim, localmim, mae, simmim
 from golden_cases.common import Comparison
 
-CASES = {**localmim.CASES}
+CASES = {**localmim.CASES, **mae.CASES, **simmim.CASES, **greenmim.CASES}
 
 
 def case_of(config: dict) -> str:
     """Which case a golden file holds: its own word, without a suffix such as `_epsprobe`."""
     case = str(config.get("case", config.get("method", "unknown")))
-    return next((c for c in CASES if case == c or case.startswith(c + "_")), case)
+    return max((c for c in CASES if case == c or case.startswith(c + "_")), key=len, default=case)
 
 
 def main(argv: list[str] | None = None) -> int:

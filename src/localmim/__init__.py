@@ -12,6 +12,6 @@ if sys.argv[:1] == ["-m"]:
     _module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
 
 if _module not in ("localmim.launch", "localmim.doctor"):  # these two do without MindSpore: it may not be usable yet
-    from localmim.mim import localmim as _localmim  # noqa: F401  (registers its models)
+    from localmim.mim import methods as _methods  # noqa: F401  (registers their models)
     from localmim.models import classifier as _classifier  # noqa: F401  (registers its models)
     from localmim.models.registry import create_model, list_models

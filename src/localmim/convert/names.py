@@ -48,18 +48,19 @@ def torch_name(name: str, scales: list[float], pyramid: bool = False) -> str:
     if head:
         k = int(head[1])
         name = name.replace(f"pred.{head[2]}.", f"pred.{_HEADS[scales[k]][head[2]]}.")
-    name = re.sub(r"^encoder\.tap_norms\.", "encoder.norm.", _spelled(name))
+    name = re.sub(r"^encoder\.tap_norms\.", "encoder.norm.", spelled(name))
     name = name if pyramid else name.removeprefix("encoder.")
     return re.sub(r"^decoders\.", "decoder.", name)
 
 
 def classifier_torch_name(name: str, pool: str, pyramid: bool = False) -> str:
     """The authors' name of one of our classifier's parameters: a ViT's norm after the mean is `fc_norm`."""
-    name = _spelled(name).removeprefix("encoder.")
+    name = spelled(name).removeprefix("encoder.")
+    name = re.sub(r"\.attn\.relative\.table$", ".attn.rpe_k.lookup_table_weight", name)
     return re.sub(r"^norm\.", "fc_norm.", name) if pool == "mean" and not pyramid else name
 
 
-def _spelled(name: str) -> str:
+def spelled(name: str) -> str:
     """What PyTorch calls the layers."""
     name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))
     name = re.sub(r"^encoder\.patch_embed\.", "encoder.patch_embed.proj.", name)
@@ -82,7 +83,7 @@ def official_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return f"layers.{int(merging[1]) - 1}.downsample.{merging[2]}"
         return re.sub(r"^head\.fc\.", "head.", name)
 
-    return _renamed(arrays, official)
+    return renamed(arrays, official)
 
 
 def from_torch(arrays: dict[str, np.ndarray], names: list[str], scales: list[float]) -> dict[str, np.ndarray]:
@@ -110,7 +111,7 @@ def from_torch(arrays: dict[str, np.ndarray], names: list[str], scales: list[flo
             biases[int(hog[1])] = array
         elif array.shape != (2, 1, 3, 3) or not np.array_equal(array[:, 0], np.stack([_SOBEL, _SOBEL.T])):
             raise UserError(f"{name} is not the Sobel kernel that the HOG target uses")
-    ours = _renamed(rest, lambda name: theirs.get(name, name))
+    ours = renamed(rest, lambda name: theirs.get(name, name))
     if biases:
         ours[_HOG_BIAS] = np.stack([biases[k] for k in sorted(biases)])
     return ours
@@ -146,7 +147,7 @@ def classifier_from_torch(arrays: dict[str, np.ndarray], names: list[str], pool:
     pyramid = is_pyramid(names)
     theirs = {classifier_torch_name(n, pool, pyramid): n for n in names}
     arrays = without_buffers(official_names(arrays)) if pyramid else arrays
-    return _renamed(arrays, lambda name: theirs.get(name, name))
+    return renamed(arrays, lambda name: theirs.get(name, name))
 
 
 def classifier_to_torch(
@@ -170,7 +171,7 @@ def classifier_to_torch(
     return theirs
 
 
-def _renamed(arrays: dict[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
+def renamed(arrays: dict[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
     """The same arrays under other names, each of which must come from one."""
     renamed: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
@@ -187,7 +188,7 @@ def is_constant(name: str) -> bool:
 
 def without_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Names that begin with the prefix lose it; others stay."""
-    return _renamed(arrays, lambda name: name.removeprefix(prefix))
+    return renamed(arrays, lambda name: name.removeprefix(prefix))
 
 
 def without_buffers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ cells, and coarser cells from those. In exact arithmetic that is the same.
 
 `bias` is not a feature of the method. The authors' larger recipes leave the convolution's random default bias switched
 on, frozen, another one for each cell size; their targets cannot be reproduced without it. Each cell size then needs its
-own gradients and bins. See docs/quirks.md.
+own gradients and bins. See docs/quirks.md. `window` is mmpretrain's for MaskFeat.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ class Hog(nn.Cell):
         cells: Cell sides in pixels, for example (4, 8, 16, 32).
         nbins: Orientation bins over half a turn.
         bias: [len(cells), 2] added to the horizontal and vertical gradient, stored frozen; None: no bias.
+        window: Side of the Gaussian that weighs magnitudes, repeated over the image; 0: all count alike.
 
     Raises:
-        ValueError: A cell or `nbins` below 1, a bias of another shape; at compile time, an image side that a cell does
-            not divide.
+        ValueError: A cell or `nbins` below 1, a bias of another shape; at compile time, an image side that a cell or
+            the window does not divide.
     """
 
-    def __init__(self, cells: Sequence[int], nbins: int = 9, bias: np.ndarray | None = None):
+    def __init__(self, cells: Sequence[int], nbins: int = 9, bias: np.ndarray | None = None, window: int = 0):
         super().__init__()
         cells = tuple(int(c) for c in cells)
         if not cells or min(cells) < 1 or nbins < 1:
             raise ValueError(f"HOG needs cell sizes and nbins of at least 1, got cells {list(cells)} and nbins {nbins}")
         self.cell_sizes, self.nbins = cells, int(nbins)
+        self.window = gaussian(window) if window else None
         self.sizes, self.pooling = pooling_plan(cells)
         self.pad = nn.ReflectionPad2d(1)
         self.bias = None
@@ -82,6 +84,10 @@ class Hog(nn.Cell):
                 raise ValueError(
                     f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG cells of {cell} px"
                 )
+        if self.window is not None and (shape[2] % len(self.window) != 0 or shape[3] % len(self.window) != 0):
+            raise ValueError(
+                f"an image of {shape[2]}x{shape[3]} pixels does not divide into HOG windows of {len(self.window)} px"
+            )
 
     def histograms(self, images: Tensor, sizes) -> list[Tensor]:
         """[B, C, H, W] -> for each cell size [B, H/cell, W/cell, C, nbins], from parts of the batch side by side."""
@@ -122,6 +128,9 @@ class Hog(nn.Cell):
         first = Tensor(first_bin(C, H, W, cell, n))  # [C, H, W], in the bins of one image
         image = Tensor((np.arange(B, dtype=np.int32) * (h * w * C * n)).reshape(B, 1, 1, 1))
         magnitude = ops.sqrt(gx * gx + gy * gy)
+        if self.window is not None:
+            side = len(self.window)
+            magnitude = magnitude * Tensor(np.tile(self.window, (H // side, W // side)))
         ids = (self.bins(gx, gy) + first + image).reshape(-1)
         sums = ops.unsorted_segment_sum(magnitude.reshape(-1), ids, B * h * w * C * n)
         return sums.reshape(B, h, w, C, n) * (1.0 / cell**2)
@@ -131,6 +140,13 @@ class Hog(nn.Cell):
         ones = ops.ones((self.nbins, 1), ms.float32)
         norm = ops.sqrt(ops.matmul((x * x).reshape(-1, self.nbins), ones))  # sums of the bins, as a product
         return x / ops.maximum(norm, 1e-12).reshape(x.shape[:-1] + (1,))
+
+
+def gaussian(side: int) -> np.ndarray:
+    """Weights [side, side] of a Gaussian around the middle, standard deviation side // 2, sum 1; float32."""
+    place = (np.arange(side) - (side - 1) / 2) / (side // 2)
+    weights = np.exp(-0.5 * (place[:, None] ** 2 + place**2))
+    return (weights / weights.sum()).astype(np.float32)
 
 
 def pooling_plan(cells: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:

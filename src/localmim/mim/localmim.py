@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from mindspore import nn
-
 from localmim.mim.cells import cell_pixels, check_scale
 from localmim.mim.decoders import Decoder
-from localmim.mim.losses import cross_entropy, squared_error
 from localmim.mim.masking import RandomMasking
 from localmim.mim.model import MaskedImageModel
-from localmim.mim.targets import CodebookTarget, HogTarget, PixelTarget
+from localmim.mim.targets import build_target
 from localmim.mim.unit_masking import UnitMasking
 from localmim.models.registry import register
 from localmim.models.sizes import SWIN, VIT
@@ -50,23 +47,6 @@ def checked(scales: Sequence[float], taps: Sequence[int] | None, default: Callab
     if len(set(taps)) != len(taps) or taps != sorted(taps):
         raise ValueError(f"taps {taps} must ascend: give the scales in the order of their depth")
     return scales, taps
-
-
-def build_target(
-    kind: str, cells: Sequence[int], in_chans: int, nbins, hog_bias, norm_pix, vocab, seed
-) -> tuple[nn.Cell, Callable]:
-    """The target of a kind for cells of so many pixels, and the error that goes with it.
-
-    Raises:
-        ValueError: There is no such kind.
-    """
-    if kind == "hog":
-        return HogTarget(cells, in_chans, nbins, hog_bias, seed), squared_error
-    if kind == "pixels":
-        return PixelTarget(cells, in_chans, norm_pix), squared_error
-    if kind == "codebook":
-        return CodebookTarget(len(cells), vocab), cross_entropy
-    raise ValueError(f"target {kind!r} is none of 'hog', 'pixels', 'codebook'")
 
 
 def freeze(cells) -> None:

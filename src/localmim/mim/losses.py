@@ -13,10 +13,25 @@ from mindspore import Tensor, ops
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each row: [B, R, D], [B, R, D] -> [B, R] float32."""
-    B, R, D = prediction.shape
-    difference = (prediction.astype(ms.float32) - target.astype(ms.float32)).reshape(B * R, D)
-    ones = ops.ones((D, 1), ms.float32)
-    return ops.matmul(difference * difference, ones).reshape(B, R) / D
+    difference = _difference(prediction, target)
+    return _row_means(difference * difference, prediction.shape)
+
+
+def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of each row: [B, R, D], [B, R, D] -> [B, R] float32."""
+    return _row_means(ops.abs(_difference(prediction, target)), prediction.shape)
+
+
+def _difference(prediction: Tensor, target: Tensor) -> Tensor:
+    """[B, R, D], [B, R, D] -> [B*R, D] float32."""
+    difference = prediction.astype(ms.float32) - target.astype(ms.float32)
+    return difference.reshape(-1, prediction.shape[2])
+
+
+def _row_means(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """[B*R, D] -> [B, R] for shape (B, R, D)."""
+    B, R, D = shape
+    return ops.matmul(x, ops.ones((D, 1), ms.float32)).reshape(B, R) / D
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:

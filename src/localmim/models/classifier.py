@@ -19,7 +19,7 @@ from localmim.models.layers import LayerNorm, Linear
 from localmim.models.registry import register
 from localmim.models.sizes import SWIN, VIT
 from localmim.models.swin import SwinTransformer
-from localmim.models.vit import VisionTransformer
+from localmim.models.vit import Position, Relative, VisionTransformer
 
 Pool = Literal["mean", "token", "normed_mean"]
 QUIRK_NORM2_EPS = 1e-5  # of a Swin in the authors' fine-tuning (docs/quirks.md, Q7)
@@ -153,13 +153,17 @@ def vit_classifier(
     num_classes: int = 0,
     pool: Pool = "mean",
     drop_path: float = 0.0,
+    position: Position = "fixed",
+    relative: Relative = "none",
+    layer_scale: float | None = None,
     probe: bool = False,
     reference_quirks: bool = False,
 ) -> Classifier:
-    """A ViT with a linear head; its position codes are trained.
+    """A ViT with a linear head; its position codes are trained, from the fixed ones on.
 
     Args:
         num_classes, pool, drop_path: As in Classifier.
+        position, relative, layer_scale: As in VisionTransformer.
         probe: Frozen encoder and batch norm, as LinearProbe.
         reference_quirks: Changes nothing on a ViT.
 
@@ -168,8 +172,20 @@ def vit_classifier(
     """
     if not isinstance(num_heads, int):
         raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
-    encoder = VisionTransformer(image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
-    encoder.pos_embed.requires_grad = True
+    encoder = VisionTransformer(
+        image_size,
+        patch_size,
+        in_chans,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio,
+        position=position,
+        relative=relative,
+        layer_scale=layer_scale,
+    )
+    if encoder.pos_embed is not None:
+        encoder.pos_embed.requires_grad = True
     return LinearProbe(encoder, num_classes, pool) if probe else Classifier(encoder, num_classes, pool, drop_path)
 
 
@@ -222,5 +238,10 @@ def swin_classifier(
 
 for _name, _sizes in VIT.items():
     register(_name, vit_classifier, _sizes, classifies=True)
+    # downstream of BEiT and of SimMIM's ViT; downstream of LoMaR
+    _beit = {"position": "none", "relative": "block", "layer_scale": 0.1}
+    register(_name.replace("vit_", "beit_"), vit_classifier, {**_sizes, **_beit}, classifies=True)
+    _irpe = {"position": "none", "relative": "contextual"}
+    register(_name.replace("vit_", "vit_irpe_"), vit_classifier, {**_sizes, **_irpe}, classifies=True)
 for _name, _sizes in SWIN.items():
     register(_name, swin_classifier, _sizes, classifies=True)
