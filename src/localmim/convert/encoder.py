@@ -15,7 +15,7 @@ import numpy as np
 
 from localmim.errors import UserError
 
-PRETRAINING_ONLY = "tap_norms."  # in the encoder, but no downstream model has it
+PRETRAINING_ONLY = ("tap_norms.", "mask_token")  # in the encoder, but no downstream model has it
 
 
 def encoder_weights(

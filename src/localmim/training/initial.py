@@ -7,7 +7,7 @@ from mindspore import nn
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 from localmim.config import Config, config_from_dict
-from localmim.convert.encoder import reorder_merging
+from localmim.convert.encoder import PRETRAINING_ONLY, reorder_merging
 from localmim.convert.load import load_weights
 from localmim.errors import UserError
 from localmim.mim.model import MaskedImageModel
@@ -18,7 +18,7 @@ from localmim.training.build import build_model
 from localmim.training.checkpoint import read_checkpoint
 
 FRESH = ("norm.*", "head.*")  # a classifier's own
-DROPPED = ("encoder.tap_norms.*", "decoders.*", "target.*")  # of pre-training alone
+DROPPED = (*(f"encoder.{n}*" for n in PRETRAINING_ONLY), "decoders.*", "target.*")  # of pre-training alone
 
 
 def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
