@@ -25,14 +25,14 @@ RECIPE = {
     "optimizer": {"blr": 0.03, "warmup_epochs": 1},
     "checkpoint": {"every_steps": 5, "keep": 8},
     "model": {
-        "name": "localmim_vit_tiny_patch16_224",
+        "name": "mae_vit_tiny_patch16_224",
         "image_size": 32,
         "patch_size": 8,
         "embed_dim": 32,
         "num_heads": 2,
-        "depth": 7,
-        "scales": [2, 1],
+        "depth": 2,
         "decoder_dim": 16,
+        "decoder_depth": 1,
         "decoder_heads": 2,
     },
 }

@@ -19,7 +19,7 @@ from localmim.evaluation.evaluate import evaluate
 from localmim.training.loop import Run
 
 ROOT = Path(__file__).parents[2]
-VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 7, "num_heads": 2}
+VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def folder(tmp_path_factory):
     optimizer = {"warmup_epochs": 0}
     finetune = {"task": "finetune", "model": {"name": "vit_tiny_patch16_224", **VIT}}
     finetune["optimizer"] = {**optimizer, "ema_decay": 0.9}
-    pretrain = {"model": {"name": "localmim_vit_tiny_patch16_224", **VIT, "decoder_dim": 16, "decoder_heads": 2}}
+    pretrain = {
+        "model": {"name": "mae_vit_tiny_patch16_224", **VIT, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    }
     pretrain["optimizer"] = optimizer
     for name, values in (("finetune", finetune), ("pretrain", pretrain)):
         Run(config_from_dict({**common, **values, "output_dir": str(folder / name)})).save()

@@ -23,8 +23,9 @@ epochs: 2
 batch_size: 4
 log_every: 3
 device: CPU
-model: {name: localmim_vit_tiny_patch16_224, image_size: 32, patch_size: 8, embed_dim: 32, depth: 7, num_heads: 2,
-        decoder_dim: 16, decoder_heads: 2}
+model: {name: mae_vit_tiny_patch16_224, image_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2,
+        decoder_dim: 16, decoder_depth: 1, decoder_heads: 2}
+target: {kind: hog}
 optimizer: {blr: 1.0e-1, warmup_epochs: 1}
 data: {workers: 2}
 checkpoint: {every_steps: 2, keep: 3}
@@ -163,7 +164,10 @@ def test_another_recipe_is_refused_and_a_finished_run_is_left_alone(recipe, whol
         (["--data.dir", "no/such/folder"], "no/such/folder"),
         (["--mask.ratio", "1.2"], "mask.ratio"),
         (["--model.image_size", "36"], "not a multiple of patch_size 8"),
-        (["--model.depth", "6"], "at least 7 blocks"),
+        (
+            ["--model.name", "localmim_vit_tiny_patch16_224", "--model.decoder_depth", "1", "--model.depth", "6"],
+            "at least 7 blocks",
+        ),
         (["--batch_size", "4000"], "fewer than batch_size"),
         (["--device", "GPU"], "this MindSpore"),
     ],
