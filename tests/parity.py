@@ -17,10 +17,10 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from golden_cases import greenmim, localmim, mae, simmim
+from golden_cases import convmae, greenmim, localmim, mae, mask_tokens, simmim
 from golden_cases.common import Comparison
 
-CASES = {**localmim.CASES, **mae.CASES, **simmim.CASES, **greenmim.CASES}
+CASES = {**localmim.CASES, **mae.CASES, **simmim.CASES, **greenmim.CASES, **convmae.CASES, **mask_tokens.CASES}
 
 
 def case_of(config: dict) -> str:

@@ -57,6 +57,7 @@ class MaskConfig:
     )
     window: Optional[int] = None  # LoMaR: patches a side of a window; null: 7
     views: Optional[int] = None  # LoMaR: windows of an image; null: 4
+    mask_size: Optional[int] = None  # SimMIM: pixels a side of the squares that are hidden as one; null: 32
 
 
 @dataclass
@@ -132,7 +133,9 @@ class OptimizerConfig:
     kind: Literal["adamw", "sgd", "lars"] = "adamw"
     blr: float = 2e-4
     lr: Optional[float] = None
-    min_lr: float = 1e-6
+    schedule: Literal["cosine", "step"] = "cosine"  # after the warm-up
+    min_lr: float = 1e-6  # cosine: at the end
+    decay_epochs: list[float] = field(default_factory=list)  # step: where the rate falls to a tenth
     warmup_epochs: float = 40
     betas: tuple[float, float] = (0.9, 0.95)  # adamw
     eps: float = 1e-8  # adamw

@@ -18,7 +18,9 @@ from localmim import cli
 from localmim.config import config_from_dict
 from localmim.convert import names
 from localmim.convert.__main__ import main
+from localmim.convert.families import written_as
 from localmim.convert.load import weights_of
+from localmim.convert.shapes import CODEBOOK
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.training.build import build_model
@@ -53,6 +55,22 @@ def swin_pretraining() -> dict[str, np.ndarray]:
     return {**theirs, **{n: a for n, a in index.items() if n not in tables}}
 
 
+def method(name: str, spelling: str = "", **sizes) -> dict[str, np.ndarray]:
+    """Random weights of a method's tiny pre-training or fine-tuning, by its authors' names."""
+    classes = sizes.get("num_classes")
+    target = {"kind": "codebook", "codebook": [CODEBOOK], "vocab": 48} if name.startswith("beit_vit") else {}
+    values = {"task": "finetune" if classes else "pretrain", "model": {"name": name, **sizes}, "target": target}
+    config = config_from_dict(values)
+    model = build_model(config)
+    rng = np.random.default_rng(0)
+    ours = {n: rng.normal(size=a.shape).astype(np.float32) for n, a in weights_of(model).items()}
+    return written_as(model, config, spelling).to_torch(ours, model, config)
+
+
+MAE_DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 4}
+TOKEN_SIZES = {**VIT, "image_size": 64, "patch_size": 16}  # of methods that replace hidden patches
+CONV_SIZES = {"embed_dims": [8, 12, 16], "depths": [1, 2, 1], "num_heads": 2, "image_size": 32}
+HEADS = ["--num-heads", "2"]
 FAMILIES = {
     "vit": (lambda: golden("localmim_vit_mim_img64.npz"), ["--num-heads", "4", "--decoder-heads", "4"]),
     "swin": (swin_pretraining, []),
@@ -65,7 +83,41 @@ FAMILIES = {
         ["--pool", "normed_mean"],
     ),
     "swin_encoder": (lambda: classifier("swin_base_patch4_window7_224", **SWIN), []),
+    "mae": (
+        lambda: method("mae_vit_base_patch16_224", **VIT, **MAE_DECODER),
+        [*HEADS, "--decoder-heads", "4"],
+    ),
+    "lomar": (lambda: method("lomar_vit_base_patch16_224", **{**VIT, "image_size": 64}), []),
+    "lomar_finetuned": (
+        lambda: method("vit_irpe_base_patch16_224", num_classes=5, **VIT),
+        ["--image-size", "32"],
+    ),
+    "simmim_vit": (lambda: method("simmim_vit_base_patch16_224", **TOKEN_SIZES), []),
+    "simmim_swin": (lambda: method("simmim_swin_base_patch4_window6_192", **SWIN), []),
+    "greenmim": (
+        lambda: method("greenmim_swin_base_patch4_window7_224", **SWIN, decoder_dim=16, decoder_heads=4),
+        ["--decoder-heads", "4"],
+    ),
+    "maskfeat": (lambda: method("maskfeat_vit_base_patch16_224", **TOKEN_SIZES), HEADS),
+    "maskfeat_mmpretrain": (lambda: method("maskfeat_vit_base_patch16_224", "mmpretrain", **TOKEN_SIZES), HEADS),
+    "beit": (lambda: method("beit_vit_base_patch16_224", **TOKEN_SIZES), []),
+    "beit_unilm": (lambda: method("beit_vit_base_patch16_224", "unilm", **TOKEN_SIZES), []),
+    "beit_finetuned": (lambda: method("beit_base_patch16_224", num_classes=5, **VIT), []),
+    "convmae": (
+        lambda: method("convmae_convvit_base_patch16_224", **CONV_SIZES, **MAE_DECODER),
+        [*HEADS, "--decoder-heads", "4"],
+    ),
+    "fastconvmae": (
+        lambda: method("fastconvmae_convvit_base_patch16_224", **CONV_SIZES, **MAE_DECODER),
+        [*HEADS, "--decoder-heads", "4", "--method", "fastconvmae"],
+    ),
+    "fastconvmae_easycv": (
+        lambda: method("fastconvmae_convvit_base_patch16_224", "easycv", **CONV_SIZES, **MAE_DECODER),
+        [*HEADS, "--decoder-heads", "4"],
+    ),
+    "convmae_finetuned": (lambda: method("convvit_base_patch16_224", num_classes=5, **CONV_SIZES), HEADS),
 }
+PRETRAINED = {n for n in FAMILIES if n.rpartition("_")[2] not in ("finetuned", "mean", "token", "encoder", "official")}
 
 
 def run(*argv) -> int:
@@ -81,23 +133,39 @@ def same(found: dict, expected: dict) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A family -> PyTorch's arrays, their file, and the weights file that from-torch made of it; each is made once."""
+    folder, known = tmp_path_factory.mktemp("converted"), {}
+
+    def convert(family: str) -> tuple[dict[str, np.ndarray], Path, Path]:
+        if family not in known:
+            make, options = FAMILIES[family]
+            theirs, ours = make(), folder / f"{family}.safetensors"
+            src = write_zip(folder / f"{family}.pth", {"model": tensors(theirs), "epoch": 3})
+            assert run("from-torch", "--src", src, "--out", ours, *options) == 0
+            known[family] = theirs, src, ours
+        return known[family]
+
+    return convert
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back(tmp_path, family):
-    """PyTorch's file, ours, PyTorch's again, ours again: nothing is lost or rounded, constants included."""
-    make, options = FAMILIES[family]
-    theirs = make()
-    src = write_zip(tmp_path / "a.pth", {"model": tensors(theirs), "epoch": 3})
-    ours, back, again = (tmp_path / f"{n}.safetensors" for n in ("ours", "back", "again"))
-    assert run("from-torch", "--src", src, "--out", ours, *options) == 0
-    assert run("to-torch", "--ckpt", ours, "--out", back) == 0
+def test_there_and_back(tmp_path, converted, family):
+    """PyTorch's file, ours, PyTorch's again: nothing is lost or rounded, constants included."""
+    theirs, _, ours = converted(family)
+    back = tmp_path / "back.safetensors"
+    spelling = family.rpartition("_")[2]
+    written = ["--spelling", spelling] if spelling in ("mmpretrain", "unilm", "easycv") else []
+    assert run("to-torch", "--ckpt", ours, "--out", back, *written) == 0
     same(load_file(back), theirs)
-    assert run("from-torch", "--src", back, "--out", again, *options) == 0
-    assert ours.read_bytes() == again.read_bytes()
     config, model, step = restore(str(ours))
-    assert step == 0 and config.task == ("pretrain" if family in ("vit", "swin") else "finetune")
-    assert isinstance(model, MaskedImageModel if family in ("vit", "swin") else Classifier)
+    assert step == 0 and config.task == ("pretrain" if family in PRETRAINED else "finetune")
+    assert isinstance(model, MaskedImageModel if family in PRETRAINED else Classifier)
+    assert family not in ("maskfeat", "simmim_vit", "beit") or config.model.name.startswith(family)
+    assert config.model.name.startswith("fast") == family.startswith("fast")
     assert getattr(model, "pool", "") in ("", "token" if "token" in family else "mean", "normed_mean")
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*")) and not list(ours.parent.glob(".*"))
 
 
 def test_reads_timm_swin(tmp_path):
@@ -117,13 +185,11 @@ def test_reads_timm_swin(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "vit_mean", "swin_mean"])
-def test_encoder(tmp_path, capsys, family):
+def test_encoder(tmp_path, converted, capsys, family):
     """The same encoder straight from PyTorch's file and by way of ours; what it leaves behind is counted."""
-    make, options = FAMILIES[family]
-    theirs = make()
-    src = write_zip(tmp_path / "a.pth", tensors(theirs))
-    whole, direct, one, two = (tmp_path / f"{n}.safetensors" for n in ("whole", "direct", "one", "two"))
-    assert run("from-torch", "--src", src, "--out", whole, *options) == 0
+    options = FAMILIES[family][1]
+    theirs, src, whole = converted(family)
+    direct, one, two = (tmp_path / f"{n}.safetensors" for n in ("direct", "one", "two"))
     assert run("to-torch", "--ckpt", whole, "--out", one, "--encoder-only") == 0
     capsys.readouterr()
     assert run("from-torch", "--src", src, "--out", direct, "--as", "encoder", *options[:2]) == 0
@@ -158,19 +224,50 @@ def test_permuted_merging(tmp_path):
     assert not restore(str(direct))[0].reference_quirks
 
 
-def test_mae(tmp_path, capsys):
-    """Pre-training with its decoder becomes an encoder; decoder, mask token and norm are named."""
-    theirs = classifier("vit_base_patch16_224", **VIT)
-    rest = {"mask_token": np.ones((1, 1, 8), np.float32), "decoder_embed.weight": np.ones((8, 16), np.float32)}
-    rest.update({"norm.weight": np.ones(16, np.float32), "norm.bias": np.ones(16, np.float32)})
-    src = write_zip(tmp_path / "a.pth", {"model": tensors({**theirs, **rest})})
-    out, back = tmp_path / "out.safetensors", tmp_path / "back.safetensors"
-    assert run("from-torch", "--src", src, "--out", out, "--num-heads", 2) == 0
-    said = capsys.readouterr().out
-    for line in ("2 left behind, norm.*", "1 left behind, mask_token", "1 left behind, decoder_*"):
-        assert line in said
-    assert run("to-torch", "--ckpt", out, "--out", back) == 0
-    same(load_file(back), theirs)
+ENCODERS = {  # family, --as encoder's options, names that are left behind, and what fine-tuning adds to the rest
+    "mae": (HEADS, ("norm.", "mask_token", "decoder_")),
+    "lomar": ([], ("norm.", "mask_token", "encoder_pred.", "pos_embed")),
+    "simmim_swin": ([], ("norm.", "mask_token", "decoder.")),
+    "greenmim": ([], ("norm.", "mask_token", "decoder_")),
+    "maskfeat": (HEADS, ("mask_token", "pred_head.", "hogs.")),
+    "beit_unilm": ([], ("norm.", "mask_token", "lm_head.", "rel_pos_bias.")),
+    "simmim_vit": ([], ("norm.", "mask_token", "decoder.", "rel_pos_bias.")),
+    "convmae": (HEADS, ("norm.", "mask_token", "decoder_", "stage1_", "stage2_")),
+    "fastconvmae_easycv": (HEADS, ("norm.", "mask_token", "decoder", "stage1_", "stage2_")),
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_of_methods(tmp_path, converted, capsys, family):
+    """As the authors' fine-tuning takes them, from either side: no prefix, nothing of pre-training, a table a block."""
+    options, left = ENCODERS[family]
+    theirs, src, whole = converted(family)
+    direct, one, two = (tmp_path / f"{n}.safetensors" for n in ("direct", "one", "two"))
+    assert run("to-torch", "--ckpt", whole, "--out", one, "--encoder-only") == 0
+    capsys.readouterr()
+    assert run("from-torch", "--src", src, "--out", direct, "--as", "encoder", *options) == 0
+    counts = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines() if "left behind" in line]
+    assert run("to-torch", "--ckpt", direct, "--out", two) == 0
+    same(load_file(one), load_file(two))
+    plain = {n.removeprefix("encoder."): a for n, a in theirs.items()}
+    expected = {n: a for n, a in plain.items() if not n.startswith(left)}
+    constants = ("pos_embed", "hogs.", "rel_pos_bias.")  # of those that are left
+    assert sum(counts) == len([n for n in plain if n.startswith(tuple(n for n in left if n not in constants))])
+    if family in ("beit_unilm", "simmim_vit"):
+        for kind in ("bias_table", "index"):
+            array = plain[f"rel_pos_bias.relative_position_{kind}"]
+            expected.update({f"blocks.{i}.attn.relative_position_{kind}": array for i in range(2)})
+    found = load_file(one)
+    same({n: a for n, a in found.items() if n in expected or "attn_mask" not in n}, expected)
+
+
+def test_spellings(tmp_path, converted, capsys):
+    """Several names for one model: another is refused with those that there are, and an encoder has one."""
+    ckpt, out = converted("maskfeat")[2], tmp_path / "c.safetensors"
+    assert run("to-torch", "--ckpt", ckpt, "--out", out, "--spelling", "timm") == 2
+    assert "is written as slowfast or mmpretrain" in capsys.readouterr().err
+    assert run("to-torch", "--ckpt", ckpt, "--out", out, "--spelling", "mmpretrain", "--encoder-only") == 2
+    assert "--spelling is for whole models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

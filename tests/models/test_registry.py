@@ -20,14 +20,24 @@ BASE = "localmim_vit_base_patch16_224"
 
 
 def test_names():
-    """Every size under timm's kind of name; the pattern is a shell pattern."""
-    swins = [f"localmim_swin_{size}_224" for size in ("base_patch4_window14", "base_patch4_window7")]
-    swins += [f"localmim_swin_{size}_224" for size in ("large_patch4_window14", "small_patch4_window7")]
-    swins += ["localmim_swin_tiny_patch4_window7_224"]
-    pretraining = swins + [f"localmim_vit_{size}_patch16_224" for size in ("base", "large", "small", "tiny")]
-    assert pretraining == localmim.list_models("localmim*")
-    assert sorted(pretraining + [name.removeprefix("localmim_") for name in pretraining]) == NAMES
-    assert localmim.list_models("*_base_patch16_*") == [BASE, BASE.removeprefix("localmim_")]
+    """Every method under timm's kind of name, at every size of its encoders; the pattern is a shell pattern."""
+    vits = [f"vit_{size}_patch16_224" for size in ("base", "large", "small", "tiny")]
+    swins = [f"swin_{size}" for size in ("base_patch4_window14_224", "base_patch4_window6_192")]
+    swins += [f"swin_{size}" for size in ("base_patch4_window7_224", "large_patch4_window12_192")]
+    swins += [f"swin_{size}_224" for size in ("large_patch4_window14", "small_patch4_window7", "tiny_patch4_window7")]
+    conv = localmim.list_models("convvit_*")
+    assert "convvit_base_patch16_224" in conv
+    encoders = {
+        **dict.fromkeys(("localmim", "simmim"), vits + swins),
+        **dict.fromkeys(("beit", "lomar", "mae", "maskfeat"), vits),
+        "greenmim": swins,
+        **dict.fromkeys(("convmae", "fastconvmae"), conv),
+    }
+    pretraining = [f"{method}_{name}" for method, names in encoders.items() for name in names]
+    assert localmim.list_models(classifiers=False) == sorted(pretraining)
+    downstream = vits + swins + conv + [f"{kind}_{v[4:]}" for kind in ("beit", "vit_irpe") for v in vits]
+    assert localmim.list_models(classifiers=True) == sorted(downstream)
+    assert localmim.list_models("localmim_*_base_patch16_*") == [BASE]
     assert localmim.list_models("resnet*") == []
 
 

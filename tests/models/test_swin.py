@@ -357,8 +357,9 @@ def test_isolated_segments_of_a_vit(eager, isolated):
 
 def test_names():
     """Published and customary sizes under timm's kind of name."""
-    sizes = "base_patch4_window14", "base_patch4_window7", "large_patch4_window14", "small_patch4_window7"
-    assert [f"localmim_swin_{size}_224" for size in (*sizes, "tiny_patch4_window7")] == NAMES
+    sizes = "base_patch4_window14_224", "base_patch4_window6_192", "base_patch4_window7_224"
+    sizes += "large_patch4_window12_192", "large_patch4_window14_224", "small_patch4_window7_224"
+    assert [f"localmim_swin_{size}" for size in (*sizes, "tiny_patch4_window7_224")] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

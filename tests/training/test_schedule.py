@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from localmim.config import OptimizerConfig
 from localmim.errors import UserError
-from localmim.training.schedule import WarmupCosine, scaled_lr
+from localmim.training.schedule import WarmupCosine, build_schedule, scaled_lr
 
 MISC = Path(__file__).parents[1] / "golden" / "localmim_misc.npz"
 RECIPES = ["vitb_pretrain", "vitl_pretrain", "swinb_pretrain", "vitb_finetune", "swinb_finetune"]
@@ -47,6 +48,30 @@ def test_scaled_lr():
     """The spec's recipes: 2e-4 at 2048 images, 1.5e-4 at 4096."""
     assert scaled_lr(2e-4, 2048) == pytest.approx(1.6e-3, rel=1e-15)
     assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3, rel=1e-15)
+
+
+def test_steps():
+    """SimMIM's long recipe: the full rate between warm-up and epoch 700, then a tenth of it to the end."""
+    options = OptimizerConfig(schedule="step", decay_epochs=[700, 750], warmup_epochs=10)
+    schedule = build_schedule(options, 1.0, 800, 2)
+    assert [schedule.at(2 * epoch) for epoch in (0, 5, 10, 699.5)] == [0.0, 0.5, 1.0, 1.0]
+    assert [schedule.at(2 * epoch) for epoch in (700, 749.5, 750, 799.5, 800)] == pytest.approx([0.1] * 2 + [0.01] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule": "step"}, r"decay_epochs is \[\]"),
+        ({"schedule": "step", "decay_epochs": [5, 3]}, r"decay_epochs is \[5, 3\]"),
+        ({"schedule": "step", "decay_epochs": [10]}, "to below 10"),
+        ({"schedule": "step", "decay_epochs": [1]}, "from the 2 of the warm-up"),
+        ({"decay_epochs": [5]}, "for optimizer.schedule step"),
+    ],
+)
+def test_refuses_steps_that_are_none(options, said):
+    """A rate that would never fall, or keys that the schedule would not read, are mistakes of the recipe."""
+    with pytest.raises(UserError, match=said):
+        build_schedule(OptimizerConfig(warmup_epochs=2, **options), 1.0, 10, 5)
 
 
 @pytest.mark.parametrize(

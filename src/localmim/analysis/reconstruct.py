@@ -54,18 +54,18 @@ def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: 
     drawn_targets, drawn_predictions, names = [], [], []
     for k, (cell, decoder) in enumerate(zip(model.cell_sides(), model.decoders)):
         target, prediction = targets[k].asnumpy(), predictions[k].asnumpy().astype(np.float32)
-        grid = rows_to_grid(prediction, decoder.scale, mask.tap(k).ids_mask, decoder.grid)
+        rows, ids = prediction.reshape(len(images), -1, prediction.shape[-1]), mask.tap(k).ids_mask
+        grid = rows_to_grid(rows, decoder.scale, ids.reshape(len(images), -1), decoder.grid)
         names.append(f"{encoder.tap_name(k)}, {cell} px cells")
         if config.target.kind == "hog":
-            shape = (*target.shape[:3], encoder.in_chans, -1)
-            drawn_targets.append(target.reshape(shape))
-            drawn_predictions.append(grid.reshape(shape))
+            drawn_targets.append(model.target.histograms(target))
+            drawn_predictions.append(model.target.histograms(grid))
         elif config.target.kind == "codebook":
             drawn_targets.append(_palette(target[..., 0], cell))
             drawn_predictions.append(_palette(np.nan_to_num(grid).argmax(axis=-1), cell))
         else:
             drawn_targets.append(to_uint8(images, config, encoder.in_chans))
-            pixels = _cells_to_images(_as_pixels(grid, images, cell, config.target.norm_pix), cell)
+            pixels = model.target.images(grid, images)
             drawn = to_uint8(np.where(np.isnan(pixels), images, pixels), config, encoder.in_chans)
             drawn_predictions.append(drawn)
     masks = mask.mask().reshape(-1, h, w)
@@ -93,20 +93,3 @@ def _palette(ids: np.ndarray, cell: int) -> np.ndarray:
     hues = np.stack([ids * 0.618034 % 1 * 180, np.full(ids.shape, 160), 140 + ids % 4 * 35], axis=-1).astype(np.uint8)
     colours = np.stack([cv2.cvtColor(image, cv2.COLOR_HSV2RGB) for image in hues])
     return colours.repeat(cell, axis=1).repeat(cell, axis=2)
-
-
-def _as_pixels(cells: np.ndarray, images: np.ndarray, cell: int, normalised: bool) -> np.ndarray:
-    """Undoes the normalisation of each cell with the mean and deviation of the true one: [B, hs, ws, cell*cell*C]."""
-    if not normalised:
-        return cells
-    B, C, H, W = images.shape
-    x = images.reshape(B, C, H // cell, cell, W // cell, cell).transpose(0, 2, 4, 3, 5, 1)
-    x = x.reshape(*cells.shape[:3], -1)
-    return cells * np.sqrt(x.var(axis=-1, ddof=1, keepdims=True) + 1e-6) + x.mean(axis=-1, keepdims=True)
-
-
-def _cells_to_images(cells: np.ndarray, cell: int) -> np.ndarray:
-    """[B, hs, ws, cell*cell*C] -> [B, C, hs*cell, ws*cell]."""
-    B, hs, ws, _ = cells.shape
-    x = cells.reshape(B, hs, ws, cell, cell, -1).transpose(0, 5, 1, 3, 2, 4)
-    return x.reshape(B, -1, hs * cell, ws * cell)

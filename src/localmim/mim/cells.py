@@ -81,14 +81,19 @@ def coarse_weights(ids_restore: Tensor, keep: int, grid: tuple[int, int]) -> Ten
 
 
 def rows_to_grid(rows: np.ndarray, scale: float, ids_mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Predicted rows back on the grid of cells, for pictures and checks: [B, hs, ws, D], NaN where there is none."""
+    """Predicted rows back on the grid of cells, for pictures and checks: [B, hs, ws, D], NaN where there is none.
+
+    Args:
+        ids_mask: [B, M]; a row of id -1 is left out.
+    """
     B, (h, w) = rows.shape[0], grid
     if scale < 1:
         return rows.reshape(B, h // 2, w // 2, -1)
     s = int(scale)
     D = rows.shape[-1] // (s * s)
-    full = np.full((B, h * w, s * s * D), np.nan, np.float32)
+    full = np.full((B, h * w + 1, s * s * D), np.nan, np.float32)  # -1 is the place after the last
     np.put_along_axis(full, ids_mask[..., None].astype(np.int64), rows, axis=1)
+    full = full[:, :-1]
     if s == 4:
         x = full.reshape(B, h, w, 2, 2, 2, 2, D).transpose(0, 1, 3, 5, 2, 4, 6, 7)  # [B, h, i, i', w, j, j', D]
     else:

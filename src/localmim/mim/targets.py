@@ -7,6 +7,7 @@ tuple of [B, hs, ws, D].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mindspore as ms
 import numpy as np
@@ -42,7 +43,7 @@ class HogTarget(nn.Cell):
         super().__init__()
         values = np.random.default_rng(seed).uniform(-1 / 3, 1 / 3, (len(cells), 2)) if bias else None
         self.hog = Hog([c // split for c in cells], nbins, values, window)
-        self.split = split
+        self.in_chans, self.nbins, self.split = in_chans, nbins, split
         self.dims = [in_chans * nbins * split**2] * len(cells)
 
     def construct(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -54,6 +55,12 @@ class HogTarget(nn.Cell):
                 x = x.reshape(B, h // s, s, w // s, s, C, n).transpose(0, 1, 3, 5, 6, 2, 4)  # [B, hs, ws, C, n, s, s]
             grids.append(x.reshape(x.shape[:3] + (-1,)))  # [B, hs, ws, D]
         return tuple(grids)
+
+    def histograms(self, grid: np.ndarray) -> np.ndarray:
+        """Values of cells [B, hs, ws, D], targets or predictions, as histograms [B, hs*split, ws*split, C, nbins]."""
+        (B, h, w, _), s = grid.shape, self.split
+        x = grid.reshape(B, h, w, self.in_chans, self.nbins, s, s).transpose(0, 1, 5, 2, 6, 3, 4)
+        return x.reshape(B, h * s, w * s, self.in_chans, self.nbins)
 
 
 class PixelTarget(nn.Cell):
@@ -86,6 +93,20 @@ class PixelTarget(nn.Cell):
                 x = x / ops.sqrt(variance + 1e-6)
             grids.append(ops.stop_gradient(x))
         return tuple(grids)
+
+    def images(self, grid: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Values of cells [B, hs, ws, D], targets or predictions, as images [B, C, H, W].
+
+        Args:
+            images: The true ones; where cells are normalised, their means and deviations are put back.
+        """
+        (B, C, H, W), (h, w) = images.shape, grid.shape[1:3]
+        split = images.reshape(B, C, h, H // h, w, W // w)
+        if self.normalise:
+            mean, variance = (f(split, axis=(1, 3, 5)) for f in (np.mean, partial(np.var, ddof=1)))
+            grid = grid * np.sqrt(variance + 1e-6)[..., None] + mean[..., None]
+        shape = [split.shape[i] for i in self.order]
+        return grid.reshape(shape).transpose(np.argsort(self.order)).reshape(B, C, H, W)
 
 
 class CodebookTarget(nn.Cell):

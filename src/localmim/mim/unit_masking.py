@@ -2,8 +2,8 @@
 
 A unit is a square of 2^(stages-1) x patch pixels (32 for Swin); at stage s it holds r x r tokens, r = 2^(stages-1-s).
 Inside a unit tokens are in nested order, so that the four tokens that a patch merging joins lie side by side and
-merging is a reshape. For an encoder that merges rows first, masks are those of LocalMIM's and GreenMIM's code in every
-way (docs/quirks.md, Q1 to Q3): one more unit hidden where ratio x units is a whole number, and the coordinates in the
+merging is a reshape. For an encoder that merges rows first, masks are those of LocalMIM's code in every way
+(docs/quirks.md, Q1 to Q3): one more unit hidden where ratio x units is a whole number, and the coordinates in the
 middle stages.
 """
 
@@ -92,9 +92,13 @@ class UnitMasking:
                 forward passes of a step share one mask.
         """
         order = np.argsort(self.random.noise(epoch, int(samples[0]) if draw is None else draw), kind="stable")
+        return self.of_order(order, len(samples))
+
+    def of_order(self, order: np.ndarray, batch: int) -> UnitMask:
+        """The mask of a permutation of the units, whose first `keep` stay visible, for a batch of images."""
         hidden = np.ones(len(order), bool)
         hidden[order[: self.keep]] = False
-        return self.mask_of(hidden, len(samples))
+        return self.mask_of(hidden, batch)
 
     def mask_of(self, hidden: np.ndarray, batch: int) -> UnitMask:
         """The index arrays of a mask [units] for a batch of images."""

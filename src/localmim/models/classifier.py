@@ -15,9 +15,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
+from localmim.models.convvit import ConvViT, check_sizes
 from localmim.models.layers import LayerNorm, Linear
 from localmim.models.registry import register
-from localmim.models.sizes import SWIN, VIT
+from localmim.models.sizes import CONVVIT, SWIN, VIT
 from localmim.models.swin import SwinTransformer
 from localmim.models.vit import Position, Relative, VisionTransformer
 
@@ -236,6 +237,36 @@ def swin_classifier(
     return Classifier(encoder, num_classes, pool, drop_path, norm_eps)
 
 
+def convvit_classifier(
+    image_size=224,
+    in_chans: int = 3,
+    embed_dims: Sequence[int] = (256, 384, 768),
+    depths: Sequence[int] = (2, 2, 11),
+    num_heads: int = 12,
+    mlp_ratio: float = 4.0,
+    num_classes: int = 0,
+    pool: Pool = "mean",
+    drop_path: float = 0.0,
+    probe: bool = False,
+    reference_quirks: bool = False,
+) -> Classifier:
+    """A ConvViT with a linear head; its position codes are trained, from the fixed ones on.
+
+    Args:
+        embed_dims, depths: Of the three stages, as in ConvViT.
+        num_classes, pool, drop_path: As in Classifier; there is no class token.
+        probe: Frozen encoder and batch norm, as LinearProbe.
+        reference_quirks: Changes nothing on a ConvViT.
+
+    Raises:
+        ValueError: Sizes that do not fit together.
+    """
+    check_sizes(embed_dims, depths, num_heads)
+    encoder = ConvViT(image_size, in_chans, tuple(embed_dims), tuple(depths), num_heads, mlp_ratio)
+    encoder.pos_embed.requires_grad = True
+    return LinearProbe(encoder, num_classes, pool) if probe else Classifier(encoder, num_classes, pool, drop_path)
+
+
 for _name, _sizes in VIT.items():
     register(_name, vit_classifier, _sizes, classifies=True)
     # downstream of BEiT and of SimMIM's ViT; downstream of LoMaR
@@ -245,3 +276,5 @@ for _name, _sizes in VIT.items():
     register(_name.replace("vit_", "vit_irpe_"), vit_classifier, {**_sizes, **_irpe}, classifies=True)
 for _name, _sizes in SWIN.items():
     register(_name, swin_classifier, _sizes, classifies=True)
+for _name, _sizes in CONVVIT.items():
+    register(_name, convvit_classifier, _sizes, classifies=True)

@@ -1,7 +1,8 @@
-"""The Swin transformer, one class for pre-training (visible tokens only) and downstream (all tokens, a map a stage).
+"""The Swin transformer, one class for pre-training (with masks and taps) and downstream (all tokens, a map a stage).
 
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (ICCV 2021); pre-training on
-visible tokens after Huang et al., "Green Hierarchical Vision Transformer for Masked Image Modeling" (NeurIPS 2022).
+visible tokens after Huang et al., "Green Hierarchical Vision Transformer for Masked Image Modeling" (NeurIPS 2022), or
+on all of them, the hidden ones replaced by a learned token.
 Which tokens attend to which comes as index arrays (models/windows.py), so both uses are the same blocks: norms,
 projections and MLPs see each token once, and only attention runs on windows. Deviations from the authors' code: image
 sizes are free, and `rows_first` chooses between their order of merging and the official one (docs/quirks.md, Q3).
@@ -9,6 +10,7 @@ sizes are free, and `rows_first` chooses between their order of merging and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mindspore as ms
@@ -23,7 +25,9 @@ from localmim.models.layers import (
     PatchEmbed,
     drop_path,
     parameter,
+    replace_tokens,
     to_pair,
+    token_parameter,
 )
 from localmim.models.windows import whole_windows
 
@@ -36,6 +40,24 @@ class Stage(NamedTuple):
     grid: tuple[int, int]
     window: int
     shifts: tuple[int, ...]
+
+
+def last_stage(depths: Sequence[int], num_heads: Sequence[int], window_size: int) -> int:
+    """Number of a Swin's last stage, from 0.
+
+    Raises:
+        ValueError: A number in the place of a list or the other way round, lists of two lengths, or less than 1.
+    """
+    for name, value in (("depths", depths), ("num_heads", num_heads)):
+        if isinstance(value, int):
+            raise ValueError(f"{name} {value} must be a list for a Swin, one number a stage")
+    if not isinstance(window_size, int):
+        raise ValueError(f"window_size {window_size} must be one whole number")
+    if len(num_heads) != len(depths) or not depths:
+        raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one value a stage each")
+    if min(depths) < 1 or window_size < 1:
+        raise ValueError(f"depths {list(depths)} and window_size {window_size} must be at least 1")
+    return len(depths) - 1
 
 
 @ops.constexpr
@@ -169,9 +191,11 @@ class SwinTransformer(nn.Cell):
         isolated: No gradient flows from one tap's segment into the one below.
         norm_eps: Of every LayerNorm.
         norm2_eps: Of the blocks' second LayerNorm; None: the same. (The authors' fine-tuning has 1e-5 there, Q7.)
+        mask_token: Hidden patches are replaced by a learned token after their norm, and the tap is the last stage. Else
+            they are left out.
 
     Raises:
-        ValueError: Sizes that do not divide, or a tap that is no stage.
+        ValueError: Sizes of another kind or that do not divide, or a tap that is no stage or cannot be one.
     """
 
     no_decay: tuple[str, ...] = ("position_bias", "token")  # in pre-training: names that hold one of these do not decay
@@ -183,28 +207,27 @@ class SwinTransformer(nn.Cell):
         patch_size: int = 4,
         in_chans: int = 3,
         embed_dim: int = 128,
-        depths: tuple[int, ...] = (2, 2, 18, 2),
-        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
         window_size: int = 7,
         mlp_ratio: float = 4.0,
-        taps: tuple[int, ...] = (),
+        taps: Sequence[int] = (),
         rows_first: bool = False,
         isolated: bool = False,
         norm_eps: float = 1e-6,
         norm2_eps: float | None = None,
+        mask_token: bool = False,
     ):
         super().__init__()
         H, W = to_pair(image_size)
-        last = len(depths) - 1
+        last = last_stage(depths, num_heads, window_size)
         unit = patch_size * 2**last
-        if len(num_heads) != len(depths) or last < 0:
-            raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} must have one value a stage each")
-        if min(depths) < 1 or window_size < 1:
-            raise ValueError(f"depths {list(depths)} and window_size {window_size} must be at least 1")
         if min(H, W, patch_size) < 1 or H % unit or W % unit:
             raise ValueError(f"image_size {H}x{W} is not a multiple of {unit}, the patch after {last} mergings")
         if list(taps) != sorted(set(taps)) or any(not 0 <= t <= last for t in taps):
             raise ValueError(f"taps {list(taps)} must be ascending stages from 0 to {last}")
+        if mask_token and tuple(taps) != (last,):
+            raise ValueError(f"taps {list(taps)} must be [{last}], the last stage, where hidden patches are replaced")
         self.image_size, self.patch_size, self.in_chans = (H, W), patch_size, in_chans
         self.mask_grid, self.mask_unit = (H // unit, W // unit), unit
         self.taps, self.rows_first, self.isolated = tuple(taps), rows_first, isolated
@@ -217,22 +240,30 @@ class SwinTransformer(nn.Cell):
         self.embed_dim = widths[-1]
         self.tap_widths = [widths[min(t + 1, last)] for t in taps]
         self.tap_grids = [self.stages[min(t + 1, last)].grid for t in taps]
-        self.mask_inputs = 1 + 3 * len(taps) + 3 * sum(len(stage.shifts) for stage in self.stages)
+        arrays = 1 + 3 * len(taps) + 3 * sum(len(stage.shifts) for stage in self.stages)
+        self.mask_inputs = 2 if mask_token else arrays
 
         eps = (norm_eps, norm_eps if norm2_eps is None else norm2_eps)
         self.depth = sum(depths)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.patch_norm = LayerNorm(embed_dim, norm_eps)
+        self.mask_token = token_parameter(embed_dim) if mask_token else None
         self.layers = nn.CellList(
             [
                 SwinStage(widths[s], depths[s], num_heads[s], self.stages[s], mlp_ratio, eps, s < last)
                 for s in range(last + 1)
             ]
         )
-        self.tap_norms = nn.CellList([LayerNorm(width) for width in self.tap_widths])
+        self.tap_norms = nn.CellList([LayerNorm(width, norm_eps) for width in self.tap_widths])
 
-    def tap_mask(self, mask: tuple[Tensor, ...], k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ids_keep, ids_mask, ids_restore at the grid of tap k, out of the mask's arrays."""
+    def tap_mask(self, mask: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:
+        """What decoder k gets, at the grid of tap k.
+
+        ids_keep, ids_mask, ids_restore where hidden patches are left out; else the places of hidden tokens in what the
+        encoder sees, and their patches: the same.
+        """
+        if self.mask_token is not None:
+            return mask[1], mask[1]
         return mask[1 + 3 * k], mask[2 + 3 * k], mask[3 + 3 * k]
 
     def tap_name(self, k: int) -> str:
@@ -245,14 +276,20 @@ class SwinTransformer(nn.Cell):
         return f"the top {count} of {len(self.layers)} stages" if count else ""
 
     def embed(self, images: Tensor, *mask: Tensor) -> Tensor:
-        """images [B, C, H, W] -> normed patches [B, K, D]; without a mask all of them, row-major."""
-        return self.patch_norm(self.patch_embed(images, mask[0]) if mask else self.patch_embed(images))
+        """images [B, C, H, W], a mask's arrays -> normed patches [B, K, D]; without a mask all of them, row-major."""
+        if not mask:
+            return self.patch_norm(self.patch_embed(images))
+        if self.mask_token is not None:
+            return replace_tokens(self.patch_norm(self.patch_embed(images)), mask[0], self.mask_token)
+        return self.patch_norm(self.patch_embed(images, mask[0]))
 
     def stage_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
-        """Visible tokens [B, K_s, D_s] before and after each merging, up to the last tap.
+        """What the encoder sees, [B, K_s, D_s] before and after each merging, up to the last tap.
 
         Two tensors a stage; the last stage, which has no merging, gives the same one twice.
         """
+        if self.mask_token is not None:
+            return self.whole_stages(images, None, *mask)
         x = self.embed(images, *mask)
         outputs = []
         first = 1 + 3 * len(self.taps)  # of the current stage's windows in `mask`
@@ -266,7 +303,11 @@ class SwinTransformer(nn.Cell):
         return outputs
 
     def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
-        """Normed visible tokens at each tap, a list of [B, K, D]; `mask` is that of mim/unit_masking.py."""
+        """Normed tokens at each tap, a list of [B, K, D].
+
+        Args:
+            mask: The arrays of mim/unit_masking.py; with `mask_token` those of mim/replaced_masking.py.
+        """
         outputs = self.stage_outputs(images, *mask)
         latents = []
         for k in range(len(self.taps)):
@@ -288,7 +329,7 @@ class SwinTransformer(nn.Cell):
             grids.append((h, w))
         return grids
 
-    def whole_stages(self, images: Tensor, drop: Tensor | None = None) -> list[Tensor]:
+    def whole_stages(self, images: Tensor, drop: Tensor | None = None, *mask: Tensor) -> list[Tensor]:
         """Whole images: rows [B, h*w, D] before and after each merging, two a stage; the last stage's is there twice.
 
         Images may be of any size that is a multiple of the patch, not only of `image_size`: grids that windows or
@@ -297,8 +338,9 @@ class SwinTransformer(nn.Cell):
 
         Args:
             drop: [blocks of all stages, 2, B], factors of stochastic depth (training/drop_path.py).
+            mask: With `mask_token`: which patches it replaces; none: no patch.
         """
-        x = self.embed(images)
+        x = self.embed(images, *mask)
         grids = self.grids(images.shape[2], images.shape[3])
         outputs, first = [], 0
         for s in range(len(self.layers)):

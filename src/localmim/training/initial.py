@@ -17,6 +17,7 @@ from localmim.models.resize import fit_to_size
 from localmim.training.build import build_model
 from localmim.training.checkpoint import read_checkpoint
 
+_NORM = "encoder.tap_norms.{}.{}"
 FRESH = ("norm.*", "head.*")  # a classifier's own
 DROPPED = (*(f"encoder.{n}*" for n in PRETRAINING_ONLY), "decoders.*", "target.*")  # of pre-training alone
 
@@ -34,16 +35,22 @@ def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
     saved = config_from_dict(checkpoint.config)
     if saved.task != "pretrain":
         raise UserError(f"init: {checkpoint.path} is of task {saved.task}, pre-training goes on from pre-training only")
-    if hasattr(model.encoder, "layers") and saved.reference_quirks != config.reference_quirks:
+    before = build_model(saved)
+    if merges_rows_first(before) != merges_rows_first(model):
         raise UserError(
             f"init: {checkpoint.path} was trained with reference_quirks {str(saved.reference_quirks).lower()}: "
             "set the same here"
         )
-    lines = compare(build_model(saved), model)
+    lines = compare(before, model)
     return [
         f"weights of {checkpoint.path}, step {checkpoint.step}: {load_weights(model, checkpoint.weights())}",
         *lines,
     ]
+
+
+def merges_rows_first(model: nn.Cell) -> bool:
+    """Whether the encoder joins patches in the order of LocalMIM's pre-training (docs/quirks.md, Q3)."""
+    return getattr(model.encoder, "rows_first", False)
 
 
 def compare(before: nn.Cell, now: nn.Cell) -> list[str]:
@@ -92,8 +99,8 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
     if not same:
         arrays = {n: a for n, a in arrays.items() if not n.startswith(("norm.", "head."))}
     lines = []
-    permuted = saved.task == "pretrain" and saved.reference_quirks and not config.reference_quirks
-    if permuted and hasattr(model.encoder, "layers"):
+    before = build_model(saved)
+    if merges_rows_first(before) and not config.reference_quirks:
         arrays = {n: reorder_merging(n, a) for n, a in arrays.items()}
         lines.append("merging weights put into the official order (Q3)")
     kept = saved.task != "pretrain" and saved.reference_quirks and not config.reference_quirks
@@ -101,7 +108,12 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
         lines.append("merging weights taken as they are, from a classifier or encoder with reference_quirks (Q3)")
     arrays, resized = fit_to_size(arrays, model, saved.model.image_size)
     lines += [f"resized: {what}" for what in resized]
-    lines += compare(build_model(saved), model)
+    lines += compare(before, model)
+    wanted = config.task == "finetune" and model.pool in ("token", "normed_mean")
+    if wanted and _NORM.format("1", "gamma") not in arrays:
+        for part in ("gamma", "beta"):  # where pre-training has one norm, it is the one that stood after the last block
+            if _NORM.format("0", part) in arrays:
+                arrays[f"norm.{part}"] = arrays[_NORM.format("0", part)]
     if config.task == "finetune":  # no output depends on the classes yet
         model.head.weight.set_data(initializer(TruncatedNormal(2e-5), model.head.weight.shape).init_data())
     report = load_weights(model, arrays, FRESH + DROPPED)

@@ -1,8 +1,9 @@
 """Groups of parameters for fine-tuning: each layer's learning rate is a share of that of the layer above it.
 
 As in BEiT and MAE. The rate of layer i of n + 2 is lr x decay^(n + 1 - i): 0 is the patch embedding with tokens and
-position codes, n + 1 the head with its norm. On a Swin a merging belongs to the layer of the block before it. No decay
-of weights for 1-D tensors and a ViT's tokens and position codes; a Swin's bias tables do decay (docs/quirks.md, Q11).
+position codes, n + 1 the head with its norm. On a Swin a merging belongs to the layer of the block before it; on
+a ConvViT stages 1 and 2 belong to layer 0, as in ConvMAE. No decay of weights for 1-D tensors and a ViT's tokens and
+position codes; a Swin's bias tables do decay (docs/quirks.md, Q11).
 mindcv works out the groups; which layer a parameter belongs to is said here.
 """
 
@@ -20,8 +21,9 @@ NO_DECAY = ("encoder.cls_token", "encoder.pos_embed")
 
 def layer_of(name: str, model: Classifier) -> int:
     """The layer of a parameter, from 0."""
-    top = model.encoder.depth + 1
-    block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+    convolutional = hasattr(model.encoder, "blocks3")  # a ConvViT
+    top = (len(model.encoder.blocks3) if convolutional else model.encoder.depth) + 1
+    block = re.match(r"encoder\.blocks3\.(\d+)\." if convolutional else r"encoder\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
     stage = re.match(r"encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)

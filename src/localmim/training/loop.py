@@ -37,7 +37,7 @@ from localmim.training.pace import Estimate, Pace
 from localmim.training.pretraining import Pretraining
 from localmim.training.runlog import NoLog, RunLog
 from localmim.training.same_recipe import refuse_other_recipe, shared_by_machines
-from localmim.training.schedule import WarmupCosine, scaled_lr
+from localmim.training.schedule import build_schedule, scaled_lr
 from localmim.training.sink import Row, require_sink, sunk
 from localmim.training.step import LossScaler, StepResult, TrainStep
 from localmim.training.stop import stop_signals
@@ -109,9 +109,7 @@ class Run:
         )
         self.lr = scaled_lr(options.blr, self.layout.effective_batch) if options.lr is None else options.lr
         self.steps_per_epoch = self.pipeline.steps_per_epoch
-        self.schedule = WarmupCosine(
-            self.lr, options.min_lr, options.warmup_epochs, config.epochs, self.steps_per_epoch
-        )
+        self.schedule = build_schedule(options, self.lr, config.epochs, self.steps_per_epoch)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
 

@@ -157,16 +157,23 @@ class _MeanOverDevices(nn.Cell):
 
 
 class _Update(nn.Cell):
-    """Unscales and clips gradients, and updates if all of them are finite; so does the average of the weights.
+    """Unscales and clips gradients, and updates if all of them are finite; then what follows the weights does so.
 
     With several devices it begins with the mean of their gradients and reports.
     """
 
     def __init__(
-        self, optimizer: Optimizer, clip: float | None, scaled: bool, average: WeightAverage | None, world: int
+        self,
+        optimizer: Optimizer,
+        clip: float | None,
+        scaled: bool,
+        average: WeightAverage | None,
+        follow: nn.Cell | None,
+        world: int,
     ):
         super().__init__()
         self.optimizer, self.clip, self.scaled, self.average, self.world = optimizer, clip, scaled, average, world
+        self.follow = follow
         self.map_ = ops.HyperMap()
         if world > 1:
             in_one = ms.get_context("device_target") == "CPU"
@@ -193,6 +200,8 @@ class _Update(nn.Cell):
             self.optimizer(gradients, *scalars)
             if self.average is not None:
                 self.average()
+            if self.follow is not None:
+                self.follow()
         return report, finite, norm
 
 
@@ -246,7 +255,8 @@ class TrainStep:
     """An optimizer step over `accumulate` parts of a batch.
 
     Args:
-        model: Inputs -> (loss, losses).
+        model: Inputs -> (loss, losses). It may have `follow`, a Cell that runs after each update, as a teacher that is
+            an average of the model does (mim/reconstructors.py).
         optimizer: Of its parameters.
         accumulate: Forward passes a step on each device; their gradients are averaged.
         clip: Largest global gradient norm; None: no clipping.
@@ -269,7 +279,8 @@ class TrainStep:
         self.ranks = ranks or Ranks()
         self.scaler = scaler or LossScaler(False)
         gradients = _Gradients(model, optimizer)
-        update = _Update(optimizer, clip, self.scaler.enabled or accumulate > 1, average, self.ranks.world)
+        scaled, follow = self.scaler.enabled or accumulate > 1, getattr(model, "follow", None)
+        update = _Update(optimizer, clip, scaled, average, follow, self.ranks.world)
         if accumulate == 1:
             self.whole = _WholeStep(gradients, update)
         else:
