@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from localmim import cli
 from localmim import export as module
-from localmim.config import Config, DataConfig, ModelConfig
+from localmim.config import Config, DataConfig, ModelConfig, config_from_dict
 from localmim.data.builtin import write_builtin_images
 from localmim.data.pipeline import eval_batches
 from localmim.data.sources import open_source
@@ -136,6 +136,31 @@ def test_pretraining_checkpoint(folder):
     model = restore(ckpt)[1]
     network, output = module._network(model, encoder_only=True)
     assert network.model is model.encoder and output == "features"
+
+
+METHODS = {  # model, what else the recipe needs, arrays of a mask and their rows an image
+    "mae_vit_tiny_patch16_224": ({"patch_size": 16}, {}, 3, 1),
+    "lomar_vit_tiny_patch16_224": ({"patch_size": 16}, {"mask": {"window": 3, "views": 2}}, 4, 1),
+    "beit_vit_tiny_patch16_224": (
+        {"patch_size": 16}, {"target": {"kind": "codebook", "codebook": ["a.npz"], "vocab": 9}}, 2, 1,
+    ),
+    "simmim_vit_tiny_patch16_224": ({"patch_size": 16}, {}, 2, 1),
+    "convmae_convvit_base_patch16_224": ({"embed_dims": [4, 8, 8], "depths": [1, 1, 1]}, {}, 3, 1),
+    "fastconvmae_convvit_base_patch16_224": ({"embed_dims": [4, 8, 8], "depths": [1, 1, 1]}, {}, 3, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_given_its_masks(name):
+    """Predictions take images and the arrays of a mask alone, whatever these are; targets that are data stay out."""
+    sizes, more, arrays, rows = METHODS[name]
+    own = {} if "convvit" in name else {"embed_dim": 8, "depth": 1}
+    values = {"model": {"name": name, "image_size": 64, "num_heads": 2, **own, **sizes}, **more}
+    config = config_from_dict(values)
+    model = build_model(config)
+    given, _ = module._given(config, model, [2], "", "predictions")
+    assert given[0][0].shape == (2, 3, 64, 64) and len(given[0]) == 1 + arrays
+    assert max(len(a) for a in given[0][1:]) == 2 * rows * (2 if name.startswith("lomar") else 1)
 
 
 def test_weights_beside_the_graph(folder, vit, vit_mindir, monkeypatch):

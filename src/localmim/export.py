@@ -40,8 +40,6 @@ from localmim.files import file_sha256
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.models.layers import Attention, parameter
-from localmim.models.swin import SwinTransformer
-from localmim.models.vit import VisionTransformer
 from localmim.predict import DESCRIPTION, description_path, open_network
 from localmim.training.build import build_masking
 from localmim.training.checkpoint import read_checkpoint
@@ -80,9 +78,9 @@ class Logits(nn.Cell):
 
 
 class Features(nn.Cell):
-    """Images [N, C, H, W] -> pooled features [N, D]."""
+    """Images [N, C, H, W] -> pooled features [N, D], of a classifier or an encoder."""
 
-    def __init__(self, model: Classifier | VisionTransformer | SwinTransformer):
+    def __init__(self, model: nn.Cell):
         super().__init__()
         self.model, self.output = model, Output()
 

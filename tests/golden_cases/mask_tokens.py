@@ -8,7 +8,7 @@ import numpy as np
 
 from golden_cases.common import HOG, check_hog, unambiguous_cells
 from golden_cases.mae import vit_sizes
-from golden_cases.replay import Replay, classifier_case
+from golden_cases.replay import Replay, classifier_case, thinned
 from golden_cases.simmim import FINE_TUNING, PRETRAINING, compare_pretraining
 from localmim.convert.load import weights_of
 from localmim.convert.mask_token_names import (
@@ -92,14 +92,21 @@ def maskfeat_case(z, config, compare) -> None:
         theirs[hidden] = z["target_masked"]
         clear = clear & hidden[..., None]
     else:
-        theirs[:] = z["target"].reshape(target.shape)
+        flat = theirs.reshape(B, h * w, -1)
+        flat[:, z["target_idx"] if "target_sub" in z.files else slice(None)] = z[
+            "target_sub" if "target_sub" in z.files else "target"
+        ]
+        clear = clear & ~np.isnan(theirs)
     compare.check(f"target ({clear.mean():.1%} of values)", target[clear], theirs[clear], HOG, relative=False)
     if "latent" in z.files:
         compare.check("latent", latent, z["latent"], ACTIVATION)
-    for name in ("pred_masked", "pred_all", "pred"):
-        if name in z.files:
-            theirs = z[name] if name == "pred_masked" else z[name].reshape(target.shape)[hidden]
-            compare.check(name, prediction, theirs, ACTIVATION)
+    if "pred_masked" in z.files:
+        compare.check("pred_masked", prediction, z["pred_masked"], ACTIVATION)
+    flat = np.full((B, h * w, target.shape[-1]), np.nan, np.float32)
+    flat[hidden.reshape(B, -1)] = prediction
+    for name in ("pred_all", "pred"):
+        if name in z.files or f"{name}_sub" in z.files:
+            thinned(z, name, flat, compare, hidden=hidden.reshape(B, -1))
 
 
 def beit_case(z, config, compare) -> None:

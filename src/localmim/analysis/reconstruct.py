@@ -56,6 +56,8 @@ def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: 
         target, prediction = targets[k].asnumpy(), predictions[k].asnumpy().astype(np.float32)
         rows, ids = prediction.reshape(len(images), -1, prediction.shape[-1]), mask.tap(k).ids_mask
         grid = rows_to_grid(rows, decoder.scale, ids.reshape(len(images), -1), decoder.grid)
+        if len(ids) > len(images):  # several views of an image: what one of them sees, another may predict
+            grid[mask.mask().reshape(grid.shape[:3]) == 0] = np.nan
         names.append(f"{encoder.tap_name(k)}, {cell} px cells")
         if config.target.kind == "hog":
             drawn_targets.append(model.target.histograms(target))

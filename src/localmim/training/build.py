@@ -12,6 +12,7 @@ from localmim.mim.masking import Masking
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import Tokenizer, open_tokenizer
 from localmim.models.classifier import Classifier
+from localmim.models.convvit import ConvBlock
 from localmim.models.layers import Block
 from localmim.models.registry import create_model, list_models
 from localmim.models.swin import SwinBlock
@@ -72,7 +73,7 @@ def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedIma
 def recompute_blocks(model: nn.Cell) -> None:
     """Drops the activations inside each transformer block and computes them again when gradients need them."""
     for _, cell in model.cells_and_names():
-        if isinstance(cell, (Block, SwinBlock)):
+        if isinstance(cell, (Block, ConvBlock, SwinBlock)):
             cell.recompute()
 
 
