@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -25,12 +26,15 @@ from localmim.convert.load import weights_of
 from localmim.errors import UserError
 from localmim.hub.__main__ import asset, main
 from localmim.hub.page import check_page, check_text, with_asset
+from localmim.mim import convmae
+from localmim.models import registry
 from localmim.models.classifier import Classifier
+from localmim.training import build
 from localmim.training.build import build_model
 from localmim.training.checkpoint import weights_header
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "hub").glob("localmim_*.md"))
+PAGES = sorted((ROOT / "hub").glob("*.md"))
 VIT, SWIN = "localmim_vit_base_patch16_224", "localmim_swin_base_patch4_window7_224"
 SMALL_SWIN = {
     "image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "decoder_dim": 16,
@@ -131,12 +135,21 @@ def test_another_localmim_in_the_process(published, monkeypatch):
         execute_conf(folder)
 
 
+SMALL_CONVVIT = {
+    "image_size": 32, "embed_dims": [8, 12, 16], "depths": [1, 1, 1], "num_heads": 2, "decoder_dim": 16,
+    "decoder_heads": 2,
+}  # fmt: skip
+DECODERS = ("localmim", "mae", "greenmim", "convmae", "fastconvmae")
+
+
 @pytest.mark.parametrize("name", localmim.list_models())
 def test_every_registered_model(name):
     """create_network knows each name, in capitals too, and passes the arguments on."""
-    sizes = dict(SMALL_VIT if "vit" in name else SMALL_SWIN)
-    if not name.startswith("localmim"):
+    sizes = dict(SMALL_CONVVIT if "convvit" in name else SMALL_SWIN if "swin" in name else SMALL_VIT)
+    if not name.startswith(DECODERS):
         sizes = {k: v for k, v in sizes.items() if not k.startswith("decoder")}
+    if name.startswith("lomar"):
+        sizes["window"] = 2
     network = hub.create_network(name.upper(), **sizes)
     assert isinstance(network, nn.Cell)
     assert network.encoder.image_size == (sizes["image_size"],) * 2
@@ -153,20 +166,36 @@ def test_wrong_calls():
         hub.create_network(VIT, classes=10)
 
 
+class Captured(Exception):
+    """Carries the arguments of a call that is not made."""
+
+    def __init__(self, name, **arguments):
+        self.name, self.arguments = name, arguments
+
+
+def capture(name, **arguments):
+    """In the place of create_model."""
+    raise Captured(name, **arguments)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_pages_network_is_the_papers(page):
-    """The arguments that create_network adds are those of the recipe that the page names."""
+def test_a_pages_network_is_the_papers(page, monkeypatch):
+    """create_network's arguments and the model's own defaults are those of the recipe that the page names."""
     recipe = re.search(r"`(config/pretrain/\S+\.yaml)`", page.read_text(encoding="utf-8"))[1]
     config = load_config(["--config", str(ROOT / recipe)])
     name = read_header(page)["model-name"]
     assert config.model.name == name == page.stem
-    target = config.target
-    assert hub.PAPER[name] == {
-        "nbins": target.nbins, "hog_bias": target.bias, "reference_quirks": config.reference_quirks
-    }  # fmt: skip
-    assert (target.kind, {k: v for k, v in vars(config.model).items() if v not in (None, False)}) == (
-        "hog", {"name": name}
-    )  # fmt: skip
+    factory = inspect.getclosurevars(registry._MODELS[name]).nonlocals["factory"]
+    defaults = inspect.signature(convmae.convmae if factory is convmae.fastconvmae else factory).parameters
+    for module in (build, hub):
+        monkeypatch.setattr(module, "create_model", capture)
+    with pytest.raises(Captured) as asked:
+        build_model(config)
+    with pytest.raises(Captured) as given:
+        hub.create_network(name)
+    assert given.value.arguments == hub.PAPER[name] and given.value.name == name
+    for key, value in asked.value.arguments.items():
+        assert hub.PAPER[name].get(key, defaults[key].default) == value, key
 
 
 def test_load_strictly_refuses(published, tmp_path):
@@ -247,8 +276,8 @@ def test_pages_obey_the_rules(page):
     assert "asset" in check_text(with_asset(page.read_text(encoding="utf-8"), LINK, "0" * 64), page.name)
 
 
-def test_the_four_pages_are_there():
-    """ViT-B and L, Swin-B and L."""
+def test_the_pages_are_there():
+    """One for each name with a published recipe."""
     assert [page.stem for page in PAGES] == sorted(hub.PAPER)
 
 

@@ -72,7 +72,7 @@ TOKEN_SIZES = {**VIT, "image_size": 64, "patch_size": 16}  # of methods that rep
 CONV_SIZES = {"embed_dims": [8, 12, 16], "depths": [1, 2, 1], "num_heads": 2, "image_size": 32}
 HEADS = ["--num-heads", "2"]
 FAMILIES = {
-    "vit": (lambda: golden("localmim_vit_mim_img64.npz"), ["--num-heads", "4", "--decoder-heads", "4"]),
+    "vit": (lambda: golden("localmim_vit_mim_epsprobe.npz"), ["--num-heads", "4", "--decoder-heads", "4"]),
     "swin": (swin_pretraining, []),
     "vit_mean": (lambda: classifier("vit_base_patch16_224", num_classes=5, **VIT), ["--num-heads", "2"]),
     "vit_token": (lambda: classifier("vit_base_patch16_224", "token", num_classes=5, **VIT), ["--num-heads", "2"]),
@@ -259,6 +259,16 @@ def test_encoders_of_methods(tmp_path, converted, capsys, family):
             expected.update({f"blocks.{i}.attn.relative_position_{kind}": array for i in range(2)})
     found = load_file(one)
     same({n: a for n, a in found.items() if n in expected or "attn_mask" not in n}, expected)
+
+
+def test_a_tokenizer_beside_beit_is_left_behind(tmp_path, converted, capsys):
+    """mmpretrain stores DALL-E's with the model; it is no part of it, and is counted."""
+    theirs, _, ours = converted("beit")
+    tokenizer = {f"target_generator.encoder.{n}.w": np.ones(3, np.float32) for n in ("input", "output")}
+    src = write_zip(tmp_path / "a.pth", {"state_dict": tensors({**theirs, **tokenizer})})
+    assert run("from-torch", "--src", src, "--out", tmp_path / "o.safetensors") == 0
+    assert "2 left behind, target_generator.*" in capsys.readouterr().out
+    same(load_file(tmp_path / "o.safetensors"), load_file(ours))
 
 
 def test_spellings(tmp_path, converted, capsys):

@@ -1,82 +1,118 @@
-"""What a PyTorch state dict is the weights of, told from names and shapes, and the recipe that builds that model here.
+"""The models whose PyTorch weights are known here: one table, and the recipe that builds a state dict's model.
 
-Shapes tell all sizes but three: the heads of a ViT's attention (a registered model's of that width, else 64 wide each),
-the heads of LocalMIM's decoders (the published 8 and 4), and the image size of a model that is not square or stores
-nothing that depends on it. Names do not tell the order of norm and mean before a head. All of these can be given.
+An entry of the table says how names tell the family, what its names are in both directions, what can be made of it and
+what an encoder leaves behind. Shapes tell all sizes (convert/shapes.py) but these, which can be given: the heads of a
+ViT without tables of relative positions (a registered model's of that width, else 64 wide each), the heads of decoders
+(the published ones), and the image size of a model that is not square or stores nothing that depends on it. Names do
+not tell the order of norm and mean before a head, nor ConvMAE from FastConvMAE, which differ in masks alone.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from mindspore import nn
 
-from localmim.convert.names import official_names
+from localmim.config import Config
+from localmim.convert import convmae, greenmim, mae, mask_token_names, names, simmim
+from localmim.convert.mask_token_names import SPELLINGS, classifier_spelling
+from localmim.convert.shapes import (
+    Given,
+    Predicted,
+    Shapes,
+    Sizes,
+    codebook_head,
+    convvit_sizes,
+    localmim_swin_decoders,
+    localmim_vit_decoders,
+    lomar_head,
+    mae_decoder,
+    maskfeat_head,
+    patch_side,
+    pixel_head,
+    square_side,
+    swin_sizes,
+    swin_stages,
+    vit_sizes,
+)
 from localmim.errors import UserError
-from localmim.models.sizes import SWIN, VIT
+from localmim.mim.model import MaskedImageModel
+from localmim.models.convvit import ConvViT
+from localmim.models.swin import SwinTransformer
 
 Wanted = Literal["pretrain", "classifier", "encoder"]
+Method = Literal["convmae", "fastconvmae"]
+Arrays = Mapping[str, np.ndarray]
 
-_VIT = {sizes["embed_dim"]: name for name, sizes in VIT.items()}
-_SWIN = {(sizes["embed_dim"], sizes["depths"], sizes["window_size"]): name for name, sizes in SWIN.items()}
-_SCALE_OF_LAYERS = {"0134": 4.0, "01": 2.0, "0": 1.0, "1": 0.5}  # the layers with weights in a ViT decoder's head
-_OFFICIAL_EPS = 1e-5  # of LayerNorm in the official Swin and timm's
-
-# What a lone encoder leaves behind: names that only pre-training or a head has.
-_LEFT_BEHIND = {
-    "localmim": ("norm.[0-9]*", "decoder.*", "hog_enc.*"),
-    "mae": ("norm.*", "mask_token", "decoder_*"),
-    "classifier": ("norm.*", "fc_norm.*", "head.*"),
-    "encoder": ("norm.*", "fc_norm.*"),
-}
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the user says where shapes do not tell; None: nothing."""
-
-    image_size: int | list[int] | None = None
-    num_heads: int | None = None
-    decoder_heads: int | None = None
-    pool: str | None = None
+_NOTHING = Given()
+_OFFICIAL_EPS = 1e-5  # of LayerNorm in the official Swin, timm's and SimMIM's
+_SHARED_TABLE = "encoder.relative.table"  # of relative positions, in pre-training
+_NETS = {"vit": "ViT", "irpe": "ViT with iRPE", "beit": "ViT with BEiT's tables", "swin": "Swin", "convvit": "ConvViT"}
+_DOWNSTREAM = {"irpe": "vit_irpe_", "beit": "beit_"}  # what such classifiers' names have for `vit_`
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a state dict is, by its names alone.
+    """What a state dict is the weights of.
 
     Attributes:
-        kind: "localmim" or "mae" (pre-training), "classifier", or "encoder", which has no head.
-        pyramid: Whether it is a Swin.
-        timm: Whether it is a Swin in timm's spelling.
+        whose: The authors, in words.
+        net: The encoder's kind, a key of _NETS.
+        marks: What names begin with: each of these must be there.
+        from_torch: PyTorch's arrays, our names, the model -> arrays by our names; other names stay as they are.
+        to_torch: Our arrays, the model, its config -> PyTorch's arrays, constants included.
+        torch_name: Their name of our parameter, as far as sizes are told by it.
+        left: Patterns of names that an encoder leaves behind.
+        methods: Pre-training: what the names of our models begin with; the first unless --method says another.
+        above: Pre-training: decoders and target out of shapes, what is given, and the encoder's keys of `model`.
+        side: Pixels a side of a Swin's square images, told by what is above the encoder.
+        spelling: Which of several spellings of a model's names this is; empty: the only one.
+        constants: Whether a name is of a constant, which has no counterpart here.
+        ballast: Patterns of names that are left behind in any case.
+        downstream: Keys of `model` that an encoder out of pre-training has.
+        head: Downstream: whether there is one.
+        timm: Downstream: whether this is timm's spelling of a Swin.
+        quirks: What the authors' pre-training computes otherwise than ours without reference_quirks, in words.
     """
 
-    kind: str
-    pyramid: bool
+    whose: str
+    net: str
+    marks: tuple[str, ...]
+    from_torch: Callable[[Arrays, list[str], nn.Cell], dict[str, np.ndarray]]
+    to_torch: Callable[[Arrays, nn.Cell, Config], dict[str, np.ndarray]]
+    torch_name: Callable[[str], str]
+    left: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    above: Callable[[Shapes, Given, dict], Predicted] | None = None
+    side: Callable[[Shapes, Given], int | None] = lambda shapes, given: None
+    spelling: str = ""
+    constants: Callable[[str], bool] = names.is_constant
+    ballast: tuple[str, ...] = ()
+    downstream: Mapping | None = None
+    head: bool = False
     timm: bool = False
+    quirks: str = ""
 
     def __str__(self) -> str:
-        net = "Swin" if self.pyramid else "ViT"
-        if self.kind in ("localmim", "mae"):
-            return f"a {net} of {'LocalMIM' if self.kind == 'localmim' else 'MAE'}'s pre-training"
-        whose = (
-            "timm's"
-            if self.timm
-            else "LocalMIM's, the official or timm's"
-            if self.pyramid
-            else "LocalMIM's, MAE's or timm's"
-        )
-        return f"a {net} {'classifier' if self.kind == 'classifier' else 'encoder without head'} ({whose})"
+        if self.methods:
+            net = "ViT" if self.net in _DOWNSTREAM else _NETS[self.net]
+            return f"a {net} of {self.whose}'s pre-training" + (f" ({self.spelling})" if self.spelling else "")
+        whose = "timm's" if self.timm else self.whose
+        return f"a {_NETS[self.net]} {'classifier' if self.head else 'encoder without head'} ({whose})"
 
     @property
     def natural(self) -> Wanted:
         """What it becomes here unless asked otherwise."""
-        return {"localmim": "pretrain", "classifier": "classifier"}.get(self.kind, "encoder")
+        return "pretrain" if self.methods else "classifier" if self.head else "encoder"
+
+    @property
+    def tables(self) -> bool:
+        """Whether tables of relative positions tell the heads."""
+        return self.net in ("swin", "beit", "irpe")
 
     def check(self, wanted: Wanted) -> None:
         """UserError when `wanted` cannot be made of it."""
@@ -86,37 +122,296 @@ class Family:
 
     def left_behind(self, wanted: Wanted) -> tuple[str, ...]:
         """Patterns of PyTorch names that `wanted` has no place for, and need not have."""
-        return _LEFT_BEHIND[self.kind] if wanted == "encoder" else ()
+        return (*self.left, *self.ballast) if wanted == "encoder" else self.ballast
 
 
-def recognise(arrays: Mapping[str, np.ndarray]) -> Family:
+def _localmim_from_torch(arrays: Arrays, ours: list[str], model: nn.Cell) -> dict[str, np.ndarray]:
+    """LocalMIM's pre-training or, out of it, an encoder."""
+    if isinstance(model.encoder, SwinTransformer):
+        names.check_buffers(arrays)
+    if isinstance(model, MaskedImageModel):
+        return names.from_torch(arrays, ours, [d.scale for d in model.decoders])
+    if isinstance(model.encoder, SwinTransformer):
+        arrays = names.without_prefix(arrays, "encoder.")
+    return names.classifier_from_torch(arrays, ours, model.pool)
+
+
+def _localmim_to_torch(arrays: Arrays, model: nn.Cell, config: Config) -> dict[str, np.ndarray]:
+    return names.to_torch(arrays, [d.scale for d in model.decoders], config.target.kind == "hog")
+
+
+def _swin_pretraining(from_torch: Callable) -> Callable:
+    """Whose index buffers are checked first."""
+
+    def checked(arrays: Arrays, ours: list[str], model: nn.Cell) -> dict[str, np.ndarray]:
+        names.check_buffers(arrays)
+        return from_torch(arrays, ours)
+
+    return checked
+
+
+def _classifier_from_torch(arrays: Arrays, ours: list[str], model: nn.Cell) -> dict[str, np.ndarray]:
+    if isinstance(model.encoder, SwinTransformer):
+        names.check_buffers(arrays)
+    return names.classifier_from_torch(arrays, ours, model.pool)
+
+
+def _classifier_to_torch(arrays: Arrays, model: nn.Cell, config: Config) -> dict[str, np.ndarray]:
+    stages = model.encoder.stages if isinstance(model.encoder, SwinTransformer) else ()
+    return names.classifier_to_torch(arrays, getattr(model, "pool", "mean"), stages)
+
+
+def _beit_from_torch(arrays: Arrays, ours: list[str], model: nn.Cell) -> dict[str, np.ndarray]:
+    return _spread(arrays, ours, classifier_spelling(model.pool), model)
+
+
+def _beit_to_torch(arrays: Arrays, model: nn.Cell, config: Config) -> dict[str, np.ndarray]:
+    """Blocks that shared a table in pre-training get one each, as fine-tuning has it."""
+    arrays = dict(arrays)
+    table = arrays.pop(_SHARED_TABLE, None)
+    if table is not None:
+        arrays.update({f"encoder.blocks.{i}.attn.relative.table": table for i in range(model.encoder.depth)})
+    spelling = classifier_spelling(getattr(model, "pool", "mean"))
+    return mask_token_names.to_torch(arrays, spelling, model.encoder.grid)
+
+
+def _spread(arrays: Arrays, ours: list[str], spelling, model: nn.Cell) -> dict[str, np.ndarray]:
+    """Arrays by our names; a table that blocks share there becomes one a block where `ours` have that."""
+    found = mask_token_names.from_torch(arrays, [*ours, _SHARED_TABLE], spelling, model.encoder.grid)
+    own = [n for n in ours if re.fullmatch(r"encoder\.blocks\.\d+\.attn\.relative\.table", n) and n not in found]
+    if own and _SHARED_TABLE in found:
+        table = found.pop(_SHARED_TABLE)
+        found.update({n: table for n in own})
+    return found
+
+
+def _mask_token_family(key: str, whose: str, net: str, method: str, above: Callable, spelling: str = "") -> Family:
+    """A ViT that was pre-trained with mask tokens, in one of SPELLINGS."""
+    s = SPELLINGS[key]
+    return Family(
+        whose,
+        net,
+        (f"{s.encoder}{'layers' if s.openmmlab else 'blocks'}.0.", f"{s.head}.weight"),
+        lambda arrays, ours, model: _spread(arrays, ours, s, model),
+        lambda arrays, model, config: mask_token_names.to_torch(
+            arrays, s, model.encoder.grid, config.target.kind == "hog"
+        ),
+        lambda name: mask_token_names.torch_name(name, s),
+        (f"{s.norm}.*", f"{s.encoder}mask_token", f"{s.head}.*"),
+        (method,),
+        above,
+        spelling=spelling,
+        constants=lambda name: mask_token_names.is_constant(name, s),
+        ballast=("target_generator.*",) if key == "beit_mmpretrain" else (),  # the tokenizer
+    )
+
+
+def _convmae_family(whose: str, easycv: bool) -> Family:
+    """ConvMAE or FastConvMAE, whose names are alike."""
+    encoder, decoder = ("encoder.", "decoder.*") if easycv else ("", "decoder_*")
+    return Family(
+        whose,
+        "convvit",
+        (f"{encoder}patch_embed1.", "decoder." if easycv else "decoder_embed."),
+        lambda arrays, ours, model: convmae.from_torch(arrays, ours),
+        lambda arrays, model, config: convmae.to_torch(arrays, easycv),
+        lambda name: convmae.torch_name(name, easycv),
+        (f"{encoder}norm.*", f"{encoder}stage[12]_output_decode.*", "mask_token", decoder),
+        ("fastconvmae", "convmae") if easycv else ("convmae", "fastconvmae"),
+        lambda shapes, given, model: mae_decoder(shapes, given, 16),
+        spelling="easycv" if easycv else "authors",
+    )
+
+
+def _downstream_family(net: str, whose: str, marks: tuple[str, ...], **own) -> Family:
+    """A classifier, or an encoder without a head."""
+    functions = {"from_torch": _classifier_from_torch, "to_torch": _classifier_to_torch}
+    pyramid = net == "swin"
+    functions["torch_name"] = lambda name: names.classifier_torch_name(name, "mean", pyramid)
+    return Family(whose, net, marks, left=("norm.*", "fc_norm.*", "head.*"), **{**functions, **own})
+
+
+FAMILIES = (  # the first whose marks are all there
+    Family(
+        "SimMIM",
+        "swin",
+        ("encoder.layers.0.", "decoder.0.weight"),
+        _swin_pretraining(simmim.from_torch),
+        lambda arrays, model, config: simmim.to_torch(arrays, model.encoder.stages),
+        simmim.torch_name,
+        ("encoder.norm.*", "encoder.mask_token", "decoder.*"),
+        ("simmim",),
+        lambda shapes, given, model: pixel_head(shapes, _last_side(shapes)),
+        downstream={"norm_eps": _OFFICIAL_EPS},
+    ),
+    Family(
+        "GreenMIM",
+        "swin",
+        ("encoder.layers.0.", "decoder_embed."),
+        _swin_pretraining(greenmim.from_torch),
+        lambda arrays, model, config: greenmim.to_torch(arrays),
+        greenmim.torch_name,
+        ("encoder.norm.*", "mask_token", "decoder_*"),
+        ("greenmim",),
+        lambda shapes, given, model: mae_decoder(shapes, given, _last_side(shapes), depth=1),
+        side=lambda shapes, given: square_side(shapes, given, "decoders.0.pos_embed", 2 ** (swin_stages(shapes) - 1)),
+        quirks="the decoder's order of visible tokens",
+    ),
+    Family(
+        "LocalMIM",
+        "swin",
+        ("encoder.layers.0.", "decoder.0."),
+        _localmim_from_torch,
+        _localmim_to_torch,
+        lambda name: names.torch_name(name, [], pyramid=True),
+        ("norm.[0-9]*", "decoder.*", "hog_enc.*"),
+        ("localmim",),
+        localmim_swin_decoders,
+        side=lambda shapes, given: square_side(shapes, given, "decoders.0.pos_embed", min(swin_stages(shapes), 2)),
+        quirks="Q1 to Q3",
+    ),
+    _mask_token_family(
+        "simmim_vit", "SimMIM", "beit", "simmim", lambda shapes, given, model: pixel_head(shapes, patch_side(shapes))
+    ),
+    _mask_token_family(
+        "beit_mmpretrain", "BEiT", "beit", "beit", lambda shapes, given, model: codebook_head(shapes), "mmpretrain"
+    ),
+    _mask_token_family(
+        "beit_unilm", "BEiT", "beit", "beit", lambda shapes, given, model: codebook_head(shapes), "unilm"
+    ),
+    _mask_token_family(
+        "maskfeat_slowfast",
+        "MaskFeat",
+        "vit",
+        "maskfeat",
+        lambda shapes, given, model: maskfeat_head(shapes, patch_side(shapes)),
+        "slowfast",
+    ),
+    _mask_token_family(
+        "maskfeat_mmpretrain",
+        "MaskFeat",
+        "vit",
+        "maskfeat",
+        lambda shapes, given, model: maskfeat_head(shapes, patch_side(shapes)),
+        "mmpretrain",
+    ),
+    Family(
+        "LoMaR",
+        "irpe",
+        ("blocks.0.", "encoder_pred."),
+        lambda arrays, ours, model: mae.lomar_from_torch(arrays, ours),
+        lambda arrays, model, config: mae.lomar_to_torch(arrays, model.encoder.grid),
+        mae.lomar_torch_name,
+        ("norm.*", "mask_token", "encoder_pred.*"),
+        ("lomar",),
+        lambda shapes, given, model: lomar_head(shapes, patch_side(shapes), model),
+        constants=lambda name: name == "pos_embed",
+    ),
+    _convmae_family("ConvMAE", easycv=False),
+    _convmae_family("FastConvMAE", easycv=True),
+    Family(
+        "LocalMIM",
+        "vit",
+        ("blocks.0.", "patch_embed.proj.weight", "decoder.0."),
+        _localmim_from_torch,
+        _localmim_to_torch,
+        lambda name: names.torch_name(name, []),
+        ("norm.[0-9]*", "decoder.*", "hog_enc.*"),
+        ("localmim",),
+        localmim_vit_decoders,
+    ),
+    Family(
+        "MAE",
+        "vit",
+        ("blocks.0.", "patch_embed.proj.weight", "decoder_embed."),
+        lambda arrays, ours, model: mae.from_torch(arrays, ours),
+        lambda arrays, model, config: mae.to_torch(arrays),
+        mae.torch_name,
+        ("norm.*", "mask_token", "decoder_*"),
+        ("mae",),
+        lambda shapes, given, model: mae_decoder(shapes, given, patch_side(shapes)),
+    ),
+    _downstream_family("swin", "LocalMIM's, the official or timm's", ("layers.0.blocks.0.norm1.weight",)),
+    _downstream_family("irpe", "LoMaR's", ("patch_embed.proj.weight", "blocks.0.attn.rpe_k.")),
+    _downstream_family(
+        "beit",
+        "BEiT's, SimMIM's or timm's",
+        ("patch_embed.proj.weight", "blocks.0.attn.q_bias"),
+        from_torch=_beit_from_torch,
+        to_torch=_beit_to_torch,
+        torch_name=lambda name: mask_token_names.torch_name(name, classifier_spelling("mean")),
+        constants=lambda name: mask_token_names.is_constant(name, classifier_spelling("mean")),
+    ),
+    _downstream_family("convvit", "ConvMAE's", ("patch_embed1.proj.weight",)),
+    _downstream_family("vit", "LocalMIM's, MAE's or timm's", ("patch_embed.proj.weight", "blocks.0.norm1.weight")),
+)
+
+
+def recognise(arrays: Arrays) -> Family:
     """The family of a state dict with PyTorch's names.
 
     Raises:
         UserError: It is none that is known here.
     """
-    decoders = any(n.startswith("decoder.0.") for n in arrays)
-    if "encoder.layers.0.blocks.0.norm1.weight" in arrays and decoders:
-        return Family("localmim", True)
-    if "layers.0.blocks.0.norm1.weight" in arrays:
-        official = official_names(arrays)
-        timm = official.keys() != arrays.keys()
-        return Family("classifier" if "head.weight" in official else "encoder", True, timm)
-    if "blocks.0.norm1.weight" in arrays and "patch_embed.proj.weight" in arrays:
-        if decoders:
-            return Family("localmim", False)
-        if "decoder_embed.weight" in arrays:
-            return Family("mae", False)
-        return Family("classifier" if "head.weight" in arrays else "encoder", False)
+    for family in FAMILIES:
+        if all(any(n.startswith(mark) for n in arrays) for mark in family.marks):
+            if family.methods:
+                return family
+            official = names.official_names(arrays)
+            return replace(family, head="head.weight" in official, timm=official.keys() != arrays.keys())
     shown = ", ".join(list(arrays)[:3])
+    known = ", ".join(dict.fromkeys(f.whose for f in FAMILIES if f.methods))
     raise UserError(
-        f"these weights ({shown}, …) are of no model that is known here: expected LocalMIM's, MAE's or timm's ViT, or "
-        "LocalMIM's, the official or timm's Swin"
+        f"these weights ({shown}, …) are of no model that is known here: expected pre-training of {known}, or a ViT, "
+        "Swin or ConvViT classifier or encoder by their authors' or timm's names"
     )
 
 
+def written_as(model: nn.Cell, config: Config, spelling: str = "") -> Family:
+    """The family in whose names the weights of `model` are written.
+
+    Args:
+        spelling: One of several, where there are; empty: the first.
+
+    Raises:
+        UserError: The model has no counterpart, or not in that spelling.
+    """
+    pretrained = isinstance(model, MaskedImageModel)
+    method = re.sub(r"_(vit|swin|convvit)_.*", "", config.model.name)
+    fitting = [f for f in FAMILIES if f.net == net_of(model) and (method in f.methods if pretrained else not f.methods)]
+    if not fitting:
+        raise UserError(
+            f"the authors have published no weights of a {config.model.name}, so that there are no names to write: its "
+            "encoder goes with --encoder-only"
+        )
+    spellings = {f.spelling: f for f in fitting}
+    if not spelling:
+        return fitting[0]
+    if spelling not in spellings:
+        known = " or ".join(filter(None, spellings))
+        raise UserError(
+            f"--spelling {spelling}: {config.model.name} is written as {known}"
+            if known
+            else f"--spelling {spelling}: the names of {config.model.name} have one spelling only"
+        )
+    return spellings[spelling]
+
+
+def downstream_of(model: nn.Cell) -> Family:
+    """The family of classifiers on the encoder of `model`."""
+    return next(f for f in FAMILIES if f.net == net_of(model) and not f.methods)
+
+
+def net_of(model: nn.Cell) -> str:
+    """The kind of a model's encoder, a key of _NETS."""
+    encoder = model.encoder
+    if isinstance(encoder, (SwinTransformer, ConvViT)):
+        return "swin" if isinstance(encoder, SwinTransformer) else "convvit"
+    return {"none": "vit", "contextual": "irpe"}.get(encoder.relative_kind, "beit")
+
+
 def recipe(
-    family: Family, arrays: Mapping[str, np.ndarray], wanted: Wanted, given: Given = Given(), merging: str = "as_is"
+    family: Family, arrays: Arrays, wanted: Wanted, given: Given = _NOTHING, merging: str = "as_is"
 ) -> tuple[dict, str]:
     """The recipe that builds the model, a config as a nested dict, and its sizes in words.
 
@@ -130,232 +425,54 @@ def recipe(
     """
     family.check(wanted)
     _refuse_idle(family, wanted, given)
-    if family.kind == "localmim" and family.pyramid:
-        encoder = {n.removeprefix("encoder."): a for n, a in arrays.items() if n.startswith("encoder.")}
-        model, text = _swin_sizes(encoder, given, _pretraining_side(arrays, given))
-    elif family.pyramid:
-        arrays = official_names(arrays)
-        model, text = _swin_sizes(arrays, given, None)
-    else:
-        model, text = _vit_sizes(arrays, given)
+    shapes = Shapes(names.official_names(arrays) if family.timm else arrays, family.torch_name)
+    encoder, model, text = _encoder_sizes(family, shapes, given)
     if wanted == "pretrain":
-        own, target, told = (_swin_decoders if family.pyramid else _vit_decoders)(arrays, given, model)
-        model = {**model, **own, "name": f"localmim_{model['name']}"}
-        return {"task": "pretrain", "reference_quirks": True, "model": model, "target": target}, f"{text}; {told}"
-    official = family.pyramid and (family.timm or given.pool == "normed_mean")
+        own, target, told, mask = family.above(shapes, given, model)
+        model = {**model, **own, "name": f"{given.method or family.methods[0]}_{encoder}"}
+        settings = {"task": "pretrain", "reference_quirks": True, "model": model, "target": target}
+        if len(family.methods) > 1:
+            told += f"; masks of {given.method or family.methods[0]} (other: --method)"
+        return {**settings, **({"mask": mask} if mask else {})}, f"{text}; {told}"
+    model = {**model, **(family.downstream or {})}
+    model["name"] = encoder.replace("vit_", _DOWNSTREAM.get(family.net, "vit_"))
+    swin = family.net == "swin"
+    official = swin and (family.timm or given.pool == "normed_mean")
     if official:
         model["norm_eps"] = _OFFICIAL_EPS
     if wanted == "encoder":
         model["num_classes"] = 0
     else:
-        usual = "normed_mean" if official else "token" if "norm.weight" in arrays and not family.pyramid else "mean"
-        model["pool"], model["num_classes"] = given.pool or usual, _shape(arrays, "head.weight", 2)[0]
+        usual = "normed_mean" if official else "token" if "norm.weight" in arrays and not swin else "mean"
+        model["pool"], model["num_classes"] = given.pool or usual, shapes.of("head.weight", 2)[0]
         text = f"{text}; {model['num_classes']} classes, pool {model['pool']}"
-        if family.pyramid and not official:
-            text += " (LocalMIM's; the official one and timm's: --pool normed_mean)"
-    quirks = family.pyramid and not official and merging == "as_is"
-    return {"task": "finetune", "reference_quirks": quirks, "model": model}, text
+        if swin and not official:
+            text += " (LocalMIM's; the official one, SimMIM's and timm's: --pool normed_mean)"
+    authors = swin and not official and (not family.methods or "localmim" in family.methods)
+    return {"task": "finetune", "reference_quirks": authors and merging == "as_is", "model": model}, text
+
+
+def _encoder_sizes(family: Family, shapes: Shapes, given: Given) -> Sizes:
+    """Of the encoder, by its kind."""
+    if family.net == "swin":
+        return swin_sizes(shapes, given, family.side(shapes, given))
+    return convvit_sizes(shapes, given) if family.net == "convvit" else vit_sizes(shapes, given, family.net)
+
+
+def _last_side(shapes: Shapes) -> int:
+    """Pixels a side of a token of a Swin's last stage."""
+    return patch_side(shapes) * 2 ** (swin_stages(shapes) - 1)
 
 
 def _refuse_idle(family: Family, wanted: Wanted, given: Given) -> None:
-    """UserError for what is given and would change nothing."""
-    if given.num_heads is not None and family.pyramid:
-        raise UserError("--num-heads is for a ViT: a Swin's bias tables tell its heads")
-    if given.decoder_heads is not None and wanted != "pretrain":
-        raise UserError(f"--decoder-heads is for pre-training weights, not for {wanted} weights")
-    pools = wanted == "classifier" or (family.pyramid and family.kind != "localmim")
+    """UserError for what is given and would change nothing, or cannot be."""
+    if given.num_heads is not None and family.tables:
+        raise UserError("--num-heads is for a ViT without tables of relative positions: these tell the heads")
+    decoders = wanted == "pretrain" and {"localmim", "mae", "greenmim", "convmae"} & set(family.methods)
+    if given.decoder_heads is not None and not decoders:
+        raise UserError(f"--decoder-heads is for pre-training weights with a decoder, not for {wanted} weights here")
+    pools = wanted == "classifier" or (family.net == "swin" and not family.methods)
     if given.pool is not None and not pools:
         raise UserError(f"--pool is for a classifier: {wanted} weights of {family} have no norm that it would choose")
-
-
-def _vit_decoders(arrays, given: Given, model: dict) -> tuple[dict, dict, str]:
-    """Keys of `model` for the decoders and of `target`, and both in words; `model` has the encoder's keys."""
-    scales = []
-    for k in range(_count(arrays, r"decoder\.(\d+)\.")):
-        layers = {m[1] for n in arrays if (m := re.match(rf"decoder\.{k}\.pred\.(\d+)\.weight$", n))}
-        if "".join(sorted(layers)) not in _SCALE_OF_LAYERS:
-            raise UserError(f"decoder.{k}.pred has weights in layers {sorted(layers)}, which no scale's head has")
-        scales.append(_SCALE_OF_LAYERS["".join(sorted(layers))])
-    last = {4.0: 4, 2.0: 1, 1.0: 0, 0.5: 1}
-    outputs = [_shape(arrays, f"decoder.{k}.pred.{last[s]}.weight", 4)[0] for k, s in enumerate(scales)]
-    cells = [int(model.get("patch_size", 16) / s) for s in scales]
-    target, told = _target(arrays, outputs, cells, model.get("in_chans", 3))
-    own = _decoder_sizes(arrays, given, dim=256, heads=8)
-    if scales != [4.0, 2.0, 1.0, 0.5]:
-        own["scales"] = scales
-    shown = ", ".join(f"{s:g}" for s in scales)
-    return own, target, f"{told} at scales {shown}, at the published depths; {_said(given, 8)}"
-
-
-def _swin_decoders(arrays, given: Given, model: dict) -> tuple[dict, dict, str]:
-    """The same for a Swin."""
-    stages, decoders = _count(arrays, r"encoder\.layers\.(\d+)\."), _count(arrays, r"decoder\.(\d+)\.")
-    if decoders != stages:
-        raise UserError(
-            f"there are {decoders} decoders for {stages} stages: give the recipe that they go with: --config"
-        )
-    outputs = [_shape(arrays, f"decoder.{k}.pred.weight", 2)[0] for k in range(decoders)]
-    size = model.get("image_size", 224)
-    height = size if isinstance(size, int) else size[0]
-    grid = height // model.get("patch_size", 4)
-    cells = [height // max(grid // 2 ** min(k + 1, stages - 1), 1) for k in range(stages)]
-    target, told = _target(arrays, outputs, cells, model.get("in_chans", 3))
-    own = _decoder_sizes(arrays, given, dim=128, heads=4, first_half=True)
-    return own, target, f"{told} at every stage; {_said(given, 4)}"
-
-
-def _pretraining_side(arrays, given: Given) -> int:
-    """Pixels a side of the square images of a Swin's pre-training: its decoders store a code a place.
-
-    Raises:
-        UserError: They are not square, and how they lie is not given.
-    """
-    codes = _shape(arrays, "decoder.0.pos_embed", 3)[1]  # at the grid after the first merging
-    if given.image_size is None and math.isqrt(codes) ** 2 != codes:
-        raise UserError(
-            f"decoder.0.pos_embed holds {codes} places, no square: say how they lie with --image-size [H, W]"
-        )
-    merged = 2 if _count(arrays, r"encoder\.layers\.(\d+)\.") > 1 else 1
-    return math.isqrt(codes) * merged * _shape(arrays, "encoder.patch_embed.proj.weight", 4)[2]
-
-
-def _vit_sizes(arrays, given: Given) -> tuple[dict, str]:
-    """Keys of `model` that are not the registered model's, and all sizes in words."""
-    dim, chans, patch, _ = _shape(arrays, "patch_embed.proj.weight", 4)
-    depth = _count(arrays, r"blocks\.(\d+)\.")
-    tokens = _shape(arrays, "pos_embed", 3)[1] - 1
-    side = math.isqrt(tokens)
-    if given.image_size is None and side * side != tokens:
-        raise UserError(
-            f"pos_embed holds {tokens} patches, which is no square: say how they lie with --image-size [H, W]"
-        )
-    size = side * patch if given.image_size is None else given.image_size
-    name = _VIT.get(dim, "vit_base_patch16_224")
-    heads = given.num_heads or (VIT[name]["num_heads"] if dim in _VIT else dim // 64 if dim % 64 == 0 else None)
-    if heads is None:
-        raise UserError(f"a ViT of width {dim} may have any number of heads: say how many with --num-heads")
-    model = _different(
-        {
-            "image_size": size,
-            "patch_size": patch,
-            "in_chans": chans,
-            "embed_dim": dim,
-            "depth": depth,
-            "num_heads": heads,
-        },
-        {
-            "image_size": 224,
-            "patch_size": 16,
-            "in_chans": 3,
-            **VIT[name],
-        },
-    )
-    text = f"{dim} wide, {depth} blocks, {heads} heads, patches of {patch}, {_pixels(size)}"
-    return {"name": name, **model}, text
-
-
-def _swin_sizes(arrays, given: Given, side: int | None) -> tuple[dict, str]:
-    """The same for a Swin's names without `encoder.`; `side` of its square image where that is known."""
-    dim, chans, patch, _ = _shape(arrays, "patch_embed.proj.weight", 4)
-    depths, heads, windows = [], [], []
-    for s in range(_count(arrays, r"layers\.(\d+)\.")):
-        depths.append(_count(arrays, rf"layers\.{s}\.blocks\.(\d+)\."))
-        rows, nh = _shape(arrays, f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2)
-        heads.append(nh)
-        windows.append((math.isqrt(rows) + 1) // 2)
-    unit = patch * 2 ** (len(depths) - 1)
-    mask = arrays.get("layers.0.blocks.1.attn_mask")
-    if side is None and mask is not None:
-        side = math.isqrt(len(mask)) * windows[0] * patch
-    size = given.image_size or side or windows[-1] * unit  # as published: the last stage is one window
-    sizes = (dim, tuple(depths), windows[0])
-    name = _SWIN.get(sizes, "swin_base_patch4_window7_224")  # what another size is told as a variation of
-    model = _different(
-        {
-            "image_size": size,
-            "patch_size": patch,
-            "in_chans": chans,
-            "embed_dim": dim,
-            "depths": depths,
-            "num_heads": heads,
-            "window_size": windows[0],
-        },
-        {
-            "image_size": 224,
-            "patch_size": 4,
-            "in_chans": 3,
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in SWIN[name].items()},
-        },
-    )
-    blocks = "-".join(map(str, depths))
-    text = f"{dim} wide, {blocks} blocks, windows of {windows[0]}, patches of {patch}, {_pixels(size)}"
-    return {"name": name, **model}, text
-
-
-def _decoder_sizes(arrays, given: Given, dim: int, heads: int, first_half: bool = False) -> dict:
-    """Keys of `model` for LocalMIM's decoders; a Swin's first decoder has half the width."""
-    wide = _shape(arrays, "decoder.0.embed.weight", 2)[0] * (2 if first_half else 1)
-    depth = _count(arrays, r"decoder\.0\.blocks\.(\d+)\.")
-    sizes = {"decoder_dim": wide, "decoder_depth": depth, "decoder_heads": given.decoder_heads or heads}
-    return _different(sizes, {"decoder_dim": dim, "decoder_depth": 1, "decoder_heads": heads})
-
-
-def _target(arrays, outputs: list[int], cells: list[int], chans: int) -> tuple[dict, str]:
-    """Keys of `target`, and the same in words: told by the values that the decoders predict a cell.
-
-    Raises:
-        UserError: They are neither HOG nor pixels.
-    """
-    hog = any(n.startswith("hog_enc.") for n in arrays)
-    if not hog and outputs == [chans * side * side for side in cells]:
-        return {"kind": "pixels"}, "pixels"
-    if hog and len(set(outputs)) == 1 and outputs[0] % chans == 0:
-        bins, bias = outputs[0] // chans, any(re.match(r"hog_enc\.\d+\.conv\.bias", n) for n in arrays)
-        return {"kind": "hog", "nbins": bins, "bias": bias}, f"HOG of {bins} bins{' with bias' if bias else ''}"
-    raise UserError(
-        f"the decoders predict {outputs} values a cell, which is neither HOG nor pixels: give the recipe: --config"
-    )
-
-
-def _said(given: Given, usual: int) -> str:
-    """The decoders' heads, which nothing in the weights tells."""
-    if given.decoder_heads:
-        return f"decoders of {given.decoder_heads} heads"
-    return f"decoders of {usual} heads as published (other: --decoder-heads)"
-
-
-def _different(sizes: dict, usual: dict) -> dict:
-    return {key: value for key, value in sizes.items() if value != usual[key]}
-
-
-def _pixels(size) -> str:
-    h, w = (size, size) if isinstance(size, int) else size
-    return f"{h}x{w} px"
-
-
-def _count(arrays, pattern: str) -> int:
-    """How many numbers, from 0 on, names have where the pattern has its group.
-
-    Raises:
-        UserError: One is left out.
-    """
-    numbers = {int(m[1]) for n in arrays if (m := re.match(pattern, n))}
-    if numbers != set(range(len(numbers))):
-        raise UserError(
-            f"of the names {pattern.replace(chr(92), '')} some numbers are missing: there are {sorted(numbers)}"
-        )
-    return len(numbers)
-
-
-def _shape(arrays, name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells a size.
-
-    Raises:
-        UserError: It is missing, or has another number of axes.
-    """
-    if name not in arrays:
-        near = difflib.get_close_matches(name, arrays, 1)
-        raise UserError(f"{name} is missing from these weights" + (f"; is it {near[0]}?" if near else ""))
-    if arrays[name].ndim != rank or 0 in arrays[name].shape:
-        raise UserError(f"{name} is of shape {list(arrays[name].shape)}, expected {rank} axes")
-    return arrays[name].shape
+    if given.method is not None and (wanted != "pretrain" or given.method not in family.methods):
+        raise UserError(f"--method is for the pre-training of ConvMAE or FastConvMAE, not for {wanted} weights here")

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from localmim.errors import UserError
 
-STATE_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")  # where trainers put a state dict
+STATE_KEYS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema", "module")  # of trainers
 BFLOAT16 = "bfloat16"
 _TYPES = {
     "Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": BFLOAT16,

@@ -1,7 +1,7 @@
 """What MindSpore Hub gets from this project: a network for every registered name, and a loader that says what fits.
 
-A page's checkpoint is loaded into what `create_network` gives for its name alone. So four names get the arguments of
-the paper's recipe here, which `create_model` leaves at the plain defaults (docs/quirks.md: Q1 to Q4).
+A page's checkpoint is loaded into what `create_network` gives for its name alone. So names with a published
+recipe get its arguments here, which `create_model` leaves at the plain defaults (docs/quirks.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ PAPER = {  # as in config/pretrain/
     "localmim_vit_large_patch16_224": {"nbins": 18, "hog_bias": True, "reference_quirks": True},
     "localmim_swin_base_patch4_window7_224": {"nbins": 18, "hog_bias": True, "reference_quirks": True},
     "localmim_swin_large_patch4_window14_224": {"nbins": 18, "hog_bias": True, "reference_quirks": True},
+    "mae_vit_base_patch16_224": {"reference_quirks": True},
+    "simmim_vit_base_patch16_224": {"reference_quirks": True},
+    "simmim_swin_base_patch4_window6_192": {"reference_quirks": True},
+    "greenmim_swin_base_patch4_window7_224": {"reference_quirks": True},
+    "maskfeat_vit_base_patch16_224": {"reference_quirks": True},
+    "beit_vit_base_patch16_224": {"vocab": 8192, "min_block": 16, "reference_quirks": True},
+    "lomar_vit_base_patch16_224": {"reference_quirks": True},
+    "convmae_convvit_base_patch16_224": {"reference_quirks": True},
+    "fastconvmae_convvit_base_patch16_224": {"reference_quirks": True},
 }
 
 

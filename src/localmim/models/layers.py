@@ -214,6 +214,7 @@ class Attention(nn.Cell):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.relative = relative
+        self.bias_of_query = getattr(relative, "of_query", False)  # then it has the shape of the scores
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
@@ -234,7 +235,9 @@ class Attention(nn.Cell):
         v = v.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
         bias = relation if self.relative is None else self.relative(q, relation, skip)
         scores = self.scores(q * self.scale, k).astype(ms.float32)  # [B, nh, Q, N]
-        if bias is not None:
+        if self.bias_of_query:
+            scores = scores + bias
+        elif bias is not None:
             wide = scores.reshape(-1, *bias.shape)
             bias = bias.broadcast_to(wide.shape) if self.widen_bias else bias
             scores = (wide + bias).reshape(scores.shape)

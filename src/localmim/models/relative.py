@@ -79,6 +79,8 @@ class ContextualBias(nn.Cell):
     The query is not scaled, unlike in the product with keys: the authors' checkpoints are trained so.
     """
 
+    of_query = True  # each image and head has its own bias
+
     def __init__(self, head_dim: int):
         super().__init__()
         self.table = parameter("zeros", (1, head_dim, BUCKETS))
@@ -89,10 +91,10 @@ class ContextualBias(nn.Cell):
 
         A key's vector depends on the query's place, not on the image: one product a place, over images and heads.
         """
-        B, nh, Q, hd = q.shape
+        nh, Q, hd = q.shape[1], q.shape[2], q.shape[3]  # B may be open, which ONNX cannot calculate with
         N = classes.shape[1]
         if skip:
             classes = classes[skip:]
         keys = ops.gather(self.table[0].transpose(1, 0).astype(q.dtype), classes, 0)  # [Q, N, hd]
-        scores = self.product(q.transpose(2, 0, 1, 3).reshape(Q, B * nh, hd), keys)  # [Q, B*nh, N]
-        return scores.astype(ms.float32).reshape(Q, B, nh, N).transpose(1, 2, 0, 3)
+        scores = self.product(q.transpose(2, 0, 1, 3).reshape(Q, -1, hd), keys)  # [Q, B*nh, N]
+        return scores.astype(ms.float32).reshape(Q, -1, nh, N).transpose(1, 2, 0, 3)
