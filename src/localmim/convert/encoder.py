@@ -1,6 +1,6 @@
 """From a pre-training model's weights to those of its encoder, for use downstream.
 
-LocalMIM pre-trains a Swin with another order inside a patch merging than the official one, and load the
+LocalMIM pre-trains a Swin with another order inside a patch merging than the official one, and loads the
 weights downstream as they are (docs/quirks.md, Q3). `merging` chooses: "as_is" does the same, which is what the
 published fine-tuning results were made with; "permute" puts the four blocks of the merging weights into the official
 order, so that the downstream encoder computes exactly what was trained.
