@@ -86,3 +86,30 @@ def test_codes_of_no_such_grid():
     arrays = {"encoder.pos_embed": np.zeros((1, 1 + 7, 24), np.float32)}
     with pytest.raises(UserError, match="holds 7 patches"):
         fit_to_size(arrays, model)
+
+
+def test_a_shared_bias_table():
+    """BEiT's encoder downstream: the table of pre-training in each block, at another size; class token's rows kept."""
+    sizes = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    small = localmim.create_model("beit_vit_tiny_patch16_224", image_size=(24, 32), target="pixels", **sizes)
+    large = localmim.create_model("beit_tiny_patch16_224", image_size=(48, 40), **sizes)
+    arrays = weights_of(small)
+    table = np.random.default_rng(0).normal(size=arrays["encoder.relative.table"].shape).astype(np.float32)
+    fitted, what = fit_to_size({**arrays, "encoder.relative.table": table}, large, (24, 32))
+    assert what == ["the shared bias table, now one in each of 2 blocks", "2 bias tables"]
+    assert "encoder.relative.table" not in fitted
+    for i in range(2):
+        own = fitted[f"encoder.blocks.{i}.attn.relative.table"]
+        assert own.shape == (11 * 9 + 3, 2) and np.array_equal(own[-3:], table[-3:])
+    same = localmim.create_model("beit_tiny_patch16_224", image_size=(24, 32), **sizes)
+    fitted, _ = fit_to_size({**arrays, "encoder.relative.table": table}, same, (24, 32))
+    assert np.array_equal(fitted["encoder.blocks.1.attn.relative.table"], table)
+
+
+def test_irpe_fits_every_size():
+    """LoMaR's tables depend on no grid: nothing is resized."""
+    sizes = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    arrays = weights_of(localmim.create_model("lomar_vit_tiny_patch16_224", image_size=32, window=3, views=2, **sizes))
+    large = localmim.create_model("vit_irpe_tiny_patch16_224", image_size=48, **sizes)
+    fitted, what = fit_to_size(arrays, large, 32)
+    assert what == [] and fitted["encoder.blocks.0.attn.relative.table"].shape == (1, 12, 50)
