@@ -91,7 +91,7 @@ def test_codes_of_no_such_grid():
 def test_a_shared_bias_table():
     """BEiT's encoder downstream: the table of pre-training in each block, at another size; class token's rows kept."""
     sizes = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    small = localmim.create_model("beit_vit_tiny_patch16_224", image_size=(24, 32), target="pixels", **sizes)
+    small = localmim.create_model("beit_vit_tiny_patch16_224", image_size=(24, 32), **sizes)
     large = localmim.create_model("beit_tiny_patch16_224", image_size=(48, 40), **sizes)
     arrays = weights_of(small)
     table = np.random.default_rng(0).normal(size=arrays["encoder.relative.table"].shape).astype(np.float32)
