@@ -37,12 +37,15 @@ class ModelConfig:
     decoder_dim: Optional[int] = None
     decoder_depth: Optional[int] = None
     decoder_heads: Optional[int] = None
+    branch_depth: Optional[int] = None  # mixture of reconstructors: decoder blocks that each target has for itself
+    teacher: Optional[bool] = None  # mixture: a moving average of the encoder is a target; null: it is
+    teacher_decay: Optional[float] = None  # mixture: of this average, an update
     isolated_gradients: bool = False  # each segment that ends at a tap learns from its own decoder alone
     num_classes: Optional[int] = None  # classifiers; null: as many as the training images have
     pool: Optional[Literal["mean", "token", "normed_mean"]] = (
         None  # classifiers: what becomes of tokens, see Classifier
     )
-    drop_path: Optional[float] = None  # classifiers: stochastic depth, the rate of the last block
+    drop_path: Optional[float] = None  # classifiers, BEiT, SimMIM, ConvMAE: stochastic depth, rate of the last block
     norm_eps: Optional[float] = None  # Swin classifiers: of every LayerNorm
     recompute: bool = False  # compute the blocks' activations again on the way back (a CPU saves no memory by it)
 
@@ -70,6 +73,8 @@ class TargetConfig:
     norm_pix: Optional[bool] = None  # pixels: normalise each cell by its own mean and deviation; null: the method's
     codebook: list[str] = field(default_factory=list)  # codebook: .safetensors (k-means), .mindir or .npz (ids) files
     vocab: int = 512  # codebook: its entries
+    features: list[str] = field(default_factory=list)  # mixture: .mindir networks whose features are targets as well
+    feature_dims: list[int] = field(default_factory=list)  # mixture: the width of each one's features
 
 
 @dataclass(frozen=True)
@@ -320,6 +325,7 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"target.vocab is {config.target.vocab}, expected at least 2")
     if config.target.kind == "codebook" and not config.target.codebook:
         raise UserError("target.codebook is empty: target.kind codebook needs its file, or one file a scale")
+    check_features(config.target)
     if config.checkpoint.keep < 1:
         raise UserError(f"checkpoint.keep is {config.checkpoint.keep}, expected at least 1")
     if config.checkpoint.every_steps < 0 or config.checkpoint.every_epochs < 0:
@@ -361,6 +367,15 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"optimizer.ema_decay is {config.optimizer.ema_decay:g}, expected between 0 and 1, or null")
     if config.optimizer.clip_grad is not None and config.optimizer.clip_grad <= 0:
         raise UserError(f"optimizer.clip_grad is {config.optimizer.clip_grad:g}, expected more than 0, or null")
+
+
+def check_features(target: TargetConfig) -> None:
+    """UserError when the widths are not one positive number a file."""
+    if len(target.features) != len(target.feature_dims):
+        count = len(target.features)
+        raise UserError(f"target.feature_dims is {target.feature_dims}, expected a width for each of {count} features")
+    if any(dim < 1 for dim in target.feature_dims):
+        raise UserError(f"target.feature_dims is {target.feature_dims}, expected at least 1 each")
 
 
 def _fields(cls: type) -> dict[str, type]:

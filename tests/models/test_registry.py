@@ -31,7 +31,7 @@ def test_names():
         **dict.fromkeys(("localmim", "simmim"), vits + swins),
         **dict.fromkeys(("beit", "lomar", "mae", "maskfeat"), vits),
         "greenmim": swins,
-        **dict.fromkeys(("convmae", "fastconvmae"), conv),
+        **dict.fromkeys(("convmae", "fastconvmae", "fastconvmae_mixture"), conv),
     }
     pretraining = [f"{method}_{name}" for method, names in encoders.items() for name in names]
     assert localmim.list_models(classifiers=False) == sorted(pretraining)

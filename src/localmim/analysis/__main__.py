@@ -28,7 +28,7 @@ def draw_curve(run: str, out: str = "") -> Path:
     if not metrics.is_file():
         raise UserError(f"{run} is no run: it holds no {METRICS}")
     model = build_model(config_from_dict(read_recipe(Path(run) / "config.yaml")))
-    names = [f"{model.encoder.tap_name(k)}, {cell} px cells" for k, cell in enumerate(model.cell_sides())]
+    names = model.loss_names()
     path = loss_curve(metrics, Path(out) if out else Path(run) / "loss_curve.png", names)
     print(f"loss curve: {path}")
     return path

@@ -16,6 +16,7 @@ from localmim.data.sources import Source
 from localmim.errors import UserError
 from localmim.mim.cells import rows_to_grid
 from localmim.mim.model import MaskedImageModel
+from localmim.mim.reconstructors import MixtureModel
 from localmim.mim.tokenizers import StoredIds
 from localmim.training.build import build_masking, build_tokenizer
 
@@ -32,7 +33,8 @@ class _Outputs(nn.Cell):
 def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: int, path: Path) -> Path:
     """Draws `count` images, spread evenly over `source`, with the masks that they have in epoch 0.
 
-    HOG is drawn as glyphs, pixels as they are, codebook ids each in a colour of its own.
+    HOG is drawn as glyphs, pixels as they are, codebook ids each in a colour of its own. Features of networks are not
+    drawn, so of a mixture of reconstructors there is the target that is made of the images alone.
 
     Raises:
         UserError: The images have a channel count that cannot be drawn, or the run's codebook cannot be opened.
@@ -40,7 +42,8 @@ def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: 
     encoder = model.encoder
     if encoder.in_chans not in (1, 3):
         raise UserError(f"only images of 1 or 3 channels can be drawn, and this model takes {encoder.in_chans}")
-    tokenizer = build_tokenizer(config, model)
+    mixture = isinstance(model, MixtureModel)
+    tokenizer = None if mixture else build_tokenizer(config, model)
     if isinstance(tokenizer, StoredIds):
         raise UserError("the codebook ids of this run are stored for its own images: others have none to compare with")
     images = _some_images(config, encoder, source, count)
@@ -51,28 +54,29 @@ def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: 
     network.set_train(False)
     predictions, targets = network(Tensor(images, ms.float32), *map(Tensor, (*mask.arrays(), *ids)))
     h, w = encoder.mask_grid
-    drawn_targets, drawn_predictions, names = [], [], []
-    for k, (cell, decoder) in enumerate(zip(model.cell_sides(), model.decoders)):
+    scales = 1 if mixture else len(predictions)
+    kind = model.target.own if mixture else model.target
+    drawn_targets, drawn_predictions = [], []
+    for k, (cell, decoder) in enumerate(zip(model.cell_sides()[:scales], model.decoders)):
         target, prediction = targets[k].asnumpy(), predictions[k].asnumpy().astype(np.float32)
         rows, ids = prediction.reshape(len(images), -1, prediction.shape[-1]), mask.tap(k).ids_mask
         grid = rows_to_grid(rows, decoder.scale, ids.reshape(len(images), -1), decoder.grid)
         if len(ids) > len(images):  # several views of an image: what one of them sees, another may predict
             grid[mask.mask().reshape(grid.shape[:3]) == 0] = np.nan
-        names.append(f"{encoder.tap_name(k)}, {cell} px cells")
         if config.target.kind == "hog":
-            drawn_targets.append(model.target.histograms(target))
-            drawn_predictions.append(model.target.histograms(grid))
+            drawn_targets.append(kind.histograms(target))
+            drawn_predictions.append(kind.histograms(grid))
         elif config.target.kind == "codebook":
             drawn_targets.append(_palette(target[..., 0], cell))
             drawn_predictions.append(_palette(np.nan_to_num(grid).argmax(axis=-1), cell))
         else:
             drawn_targets.append(to_uint8(images, config, encoder.in_chans))
-            pixels = model.target.images(grid, images)
+            pixels = kind.images(grid, images)
             drawn = to_uint8(np.where(np.isnan(pixels), images, pixels), config, encoder.in_chans)
             drawn_predictions.append(drawn)
     masks = mask.mask().reshape(-1, h, w)
     shown = to_uint8(images, config, encoder.in_chans)
-    return reconstruction_sheet(shown, masks, drawn_targets, drawn_predictions, names, path)
+    return reconstruction_sheet(shown, masks, drawn_targets, drawn_predictions, model.loss_names()[:scales], path)
 
 
 def _some_images(config: Config, encoder: nn.Cell, source: Source, count: int) -> np.ndarray:

@@ -4,9 +4,7 @@ Blocks of patches are replaced by a token, and one linear layer predicts the cod
 tokenizer (mim/tokenizers.py); DALL-E's, which the authors use, is not here. Tokens know their places by a table of
 relative positions that all blocks share. Queries, keys and values have one bias, whose key part starts at 0 and cannot
 change a softmax; the references have none for keys. `reference_quirks`: masks are mmpretrain's, which never reach the
-last row and column (docs/quirks.md).
-
-Deviation: no stochastic depth in pre-training, where the references drop 10 %.
+last row and column (docs/quirks.md). The references pre-train with stochastic depth, `drop_path` of 0.1.
 """
 
 from __future__ import annotations
@@ -74,6 +72,7 @@ def beit_vit(
     hog_bias: bool = False,
     norm_pix: bool = True,
     vocab: int = 512,
+    drop_path: float = 0.0,
     reference_quirks: bool = False,
     seed: int = 0,
 ) -> MaskedImageModel:
@@ -84,6 +83,7 @@ def beit_vit(
         target: "codebook".
         nbins, hog_bias, norm_pix, seed: Change nothing: they are of other targets.
         vocab: Entries of the codebook. Published: 8192.
+        drop_path: As in MaskedImageModel. Published: 0.1.
         reference_quirks: Mask as mmpretrain does.
 
     Raises:
@@ -96,7 +96,7 @@ def beit_vit(
     draw(head)
     rule = "mmpretrain" if reference_quirks else "exact"
     masking = partial(BlockMasking, encoder.grid, min_block=min_block, rule=rule)
-    return MaskedImageModel(encoder, [head], CodebookTarget(1, vocab), masking, cross_entropy)
+    return MaskedImageModel(encoder, [head], CodebookTarget(1, vocab), masking, cross_entropy, drop_path)
 
 
 for _name, _sizes in VIT.items():

@@ -5,8 +5,7 @@ are hidden, convolutions are masked, three stages are fused, and MAE's decoder p
 authors) trains on four masks of each image that see every patch once: the same model under another masking.
 
 Deviations from the authors' code: none in the numbers; image sizes are free, and what is hidden is not computed
-(models/convvit.py). EasyCV's FastConvMAE computes the same; it pre-trains with stochastic depth of 0.1, which is not
-offered here.
+(models/convvit.py). EasyCV's FastConvMAE computes the same; it pre-trains with stochastic depth, `drop_path` of 0.1.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ def convmae(
     hog_bias: bool = False,
     norm_pix: bool = True,
     vocab: int = 512,
+    drop_path: float = 0.0,
     reference_quirks: bool = False,
     seed: int = 0,
     masking: Callable[[int, float, int], Masking] = RandomMasking,
@@ -50,6 +50,7 @@ def convmae(
         embed_dims, depths: Of the three stages, see ConvViT.
         target: "pixels", "hog" or "codebook", of 16 px cells.
         nbins, hog_bias: HOG's; norm_pix: of pixels; vocab: entries of the codebook.
+        drop_path: As in MaskedImageModel. Published: 0; EasyCV's FastConvMAE: 0.1.
         reference_quirks: Changes nothing here: what differs from the authors' code does not change a number.
         seed: Of the HOG bias's draw, the only random number that is not a trained weight.
         masking: (patches, ratio, seed) -> what draws the masks.
@@ -73,7 +74,7 @@ def convmae(
         linear_head=True,
     )
     h, w = encoder.grid
-    return MaskedImageModel(encoder, [decoder], targets, partial(masking, h * w), error)
+    return MaskedImageModel(encoder, [decoder], targets, partial(masking, h * w), error, drop_path)
 
 
 def fastconvmae(**arguments) -> MaskedImageModel:
@@ -92,7 +93,8 @@ def fastconvmae_mixture(
     decoder_depth: int = 8,
     decoder_heads: int = 16,
     branch_depth: int = 1,
-    teacher_decay: float | None = 0.999,
+    teacher: bool = True,
+    teacher_decay: float = 0.999,
     feature_dims: Sequence[int] = (),
     target: str = "pixels",
     nbins: int = 9,
@@ -106,7 +108,7 @@ def fastconvmae_mixture(
 
     Args:
         decoder_depth: Blocks from the encoder to a prediction, of which the last `branch_depth` are each target's own.
-        teacher_decay: Of the moving average of the encoder that is a target; None: there is no such target.
+        teacher: Whether a moving average of the encoder is a target; teacher_decay: of this average, an update.
         feature_dims: Widths of the features of frozen networks, which the model takes as data after the mask.
         target: "pixels" or "hog"; the other arguments are those of `convmae`.
 
@@ -118,9 +120,9 @@ def fastconvmae_mixture(
         raise ValueError("a mixture of reconstructors regresses features: target is 'pixels' or 'hog'")
     sizes = (image_size, in_chans, tuple(embed_dims), tuple(depths), num_heads, mlp_ratio)
     encoder = ConvViT(*sizes, fused=True)
-    teacher = None if teacher_decay is None else ConvViT(*sizes, fused=True)
+    follower = ConvViT(*sizes, fused=True) if teacher else None
     own, _ = build_target(target, [encoder.patch_size], in_chans, nbins, hog_bias, norm_pix, vocab, seed)
-    targets = MixtureTarget(own, teacher, feature_dims, encoder.grid)
+    targets = MixtureTarget(own, follower, feature_dims, encoder.grid)
     shared = decoder_depth - branch_depth
     if shared < 0:
         raise ValueError(f"branch_depth {branch_depth} is more than decoder_depth {decoder_depth}")

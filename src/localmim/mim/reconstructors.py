@@ -151,8 +151,6 @@ class Follow(nn.Cell):
 
     def __init__(self, follower: nn.Cell, leader: nn.Cell, decay: float):
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"teacher_decay is {decay}, expected 0 to below 1")
         places = dict(follower.parameters_and_names())
         pairs = [(places[n], p) for n, p in leader.parameters_and_names() if p.requires_grad]
         self.followers, self.leaders = (ParameterTuple(side) for side in zip(*pairs))
@@ -184,19 +182,32 @@ class MixtureModel(MaskedImageModel):
         teacher_decay: float,
     ):
         super().__init__(encoder, decoders, target, masking, squared_error)
+        if not 0 <= teacher_decay < 1:
+            raise ValueError(f"teacher_decay is {teacher_decay}, expected 0 to below 1")
+        self.teacher_decay = float(teacher_decay)
         if target.teacher is not None:
             weights = dict(encoder.parameters_and_names())
             for name, p in target.teacher.parameters_and_names():
                 p.set_data(weights[name].value().copy())
-            self.follow = Follow(target.teacher, encoder, teacher_decay)
             for p in target.teacher.get_parameters():
                 p.requires_grad = False
 
-    def predict(self, images: Tensor, *arrays: Tensor) -> list[Tensor]:
-        """Predictions of hidden patches [B, M, D], one a target."""
-        mask = arrays[: self.encoder.mask_inputs]
+    @property
+    def follow(self) -> Follow | None:
+        """What must run after each update. It is no part of the model, whose weights it would give other names."""
+        teacher = self.target.teacher
+        return None if teacher is None else Follow(teacher, self.encoder, self.teacher_decay)
+
+    def loss_names(self) -> list[str]:
+        """What each part of the loss is, in words."""
+        frozen = len(self.target.dims) - 1 - (self.target.teacher is not None)
+        teacher = [] if self.target.teacher is None else ["features of the encoder's average"]
+        return [super().loss_names()[0], *teacher, *(f"features of network {i + 1}" for i in range(frozen))]
+
+    def decode(self, latents: list[Tensor], mask: tuple[Tensor, ...]) -> list[Tensor]:
+        """The tap's latent -> predictions of hidden patches [B, M, D], one a target."""
         ids_keep, ids_mask, _ = self.encoder.tap_mask(mask, 0)
-        x = self.decoders[0].trunk(self.encoder(images, *mask)[0], ids_keep, ids_mask)
+        x = self.decoders[0].trunk(latents[0], ids_keep, ids_mask)
         predictions = []
         for decoder in self.decoders:
             predictions.append(decoder(x, ids_keep))
@@ -219,15 +230,15 @@ class FeatureNetworks:
 
     def __init__(self, files: Sequence[str], dims: Sequence[int], grid: tuple[int, int]):
         if len(files) != len(dims):
-            raise UserError(f"{len(files)} networks are given for the {len(dims)} widths of features {list(dims)}")
+            raise UserError(f"target.features lists {len(files)} networks, expected one for each width of {list(dims)}")
         self.files, self.dims, self.grid, self.networks = list(files), list(dims), grid, []
         for file in files:
             if not Path(file).is_file():
-                raise UserError(f"{file} does not exist, expected a .mindir file")
+                raise UserError(f"target.features: {file} does not exist, expected a .mindir file")
             try:
                 self.networks.append(nn.GraphCell(ms.load(str(file))))
             except Exception as error:  # MindSpore has no class of its own for this
-                raise UserError(f"{file} is no MINDIR file: {_line(error)}") from error
+                raise UserError(f"target.features: {file} is no MINDIR file: {_line(error)}") from error
 
     def __call__(self, images: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, ...]:
         """Features of a batch.
@@ -249,14 +260,14 @@ class FeatureNetworks:
         try:
             found = self.networks[k](images)
         except Exception as error:  # whatever the network makes of a wrong shape
-            raise UserError(f"{file} refuses images {images.shape}: {_line(error)}") from error
+            raise UserError(f"target.features: {file} refuses images {images.shape}: {_line(error)}") from error
         x = (found[0] if isinstance(found, (tuple, list)) else found).asnumpy()
         if x.shape == (len(images), D, h, w):
             return np.ascontiguousarray(x.transpose(0, 2, 3, 1), np.float32)
         if x.ndim == 3 and x.shape[0] == len(images) and x.shape[1] >= h * w and x.shape[2] == D:
             return x[:, x.shape[1] - h * w :].reshape(len(images), h, w, D).astype(np.float32)
         raise UserError(
-            f"{file} returns {x.shape}, expected features {(len(images), D, h, w)} or "
+            f"target.features: {file} returns {x.shape}, expected features {(len(images), D, h, w)} or "
             f"tokens {(len(images), h * w, D)}, with or without others before them"
         )
 

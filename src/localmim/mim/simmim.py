@@ -75,6 +75,7 @@ def simmim_swin(
     hog_bias: bool = False,
     norm_pix: bool = False,
     vocab: int = 512,
+    drop_path: float = 0.0,
     reference_quirks: bool = False,
     seed: int = 0,
 ) -> MaskedImageModel:
@@ -84,6 +85,7 @@ def simmim_swin(
         mask_size: Pixels a side of the squares that are hidden as one.
         norm_eps: Of every LayerNorm.
         target, nbins, hog_bias, norm_pix, vocab, seed: As in `localmim_vit`.
+        drop_path: As in MaskedImageModel. Published: 0.
         reference_quirks: The bias tables decay, which the authors meant to exclude (docs/quirks.md).
 
     Raises:
@@ -110,7 +112,7 @@ def simmim_swin(
     draw(encoder)
     draw_convolution(encoder.patch_embed)
     draw_convolution(head.pred)
-    return MaskedImageModel(encoder, [head], targets, masking, error)
+    return MaskedImageModel(encoder, [head], targets, masking, error, drop_path)
 
 
 def simmim_vit(
@@ -127,6 +129,7 @@ def simmim_vit(
     hog_bias: bool = False,
     norm_pix: bool = False,
     vocab: int = 512,
+    drop_path: float = 0.0,
     reference_quirks: bool = False,
     seed: int = 0,
 ) -> MaskedImageModel:
@@ -134,6 +137,7 @@ def simmim_vit(
 
     Args:
         mask_size, target, nbins, hog_bias, norm_pix, vocab, seed: As in `simmim_swin`.
+        drop_path: As in MaskedImageModel. Published: 0.1.
         reference_quirks: Changes nothing here: the ViT has no quirk that is switched.
 
     Raises:
@@ -144,7 +148,7 @@ def simmim_vit(
     targets, error = pixel_shuffle_target(target, patch_size, in_chans, nbins, hog_bias, norm_pix, vocab, seed)
     head = TokenHead(embed_dim, encoder.grid, targets.dims[0], class_tokens=1)
     draw_convolution(head.pred)
-    return MaskedImageModel(encoder, [head], targets, masking, error)
+    return MaskedImageModel(encoder, [head], targets, masking, error, drop_path)
 
 
 def draw_convolution(layer: nn.Cell) -> None:

@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 from localmim.models.convvit import ConvViT, check_sizes
-from localmim.models.layers import LayerNorm, Linear
+from localmim.models.layers import LayerNorm, Linear, linear_rates
 from localmim.models.registry import register
 from localmim.models.sizes import CONVVIT, SWIN, VIT
 from localmim.models.swin import SwinTransformer
@@ -52,8 +52,7 @@ class Classifier(nn.Cell):
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is {drop_path}, expected 0 to below 1")
         self.encoder, self.num_classes, self.pool = encoder, num_classes, pool
-        last = max(encoder.depth - 1, 1)
-        self.drop_rates = [drop_path * i / last for i in range(encoder.depth)]
+        self.drop_rates = linear_rates(drop_path, encoder.depth)
         dim = encoder.embed_dim
         self.norm = LayerNorm(dim, norm_eps) if num_classes else None
         self.head = Linear(dim, num_classes) if num_classes else None

@@ -232,6 +232,7 @@ class ConvViT(nn.Cell):
         self.grid = (H // PATCH, W // PATCH)
         self.mask_grid, self.mask_unit, self.mask_inputs = self.grid, PATCH, 3
         self.depths, self.depth, self.embed_dim = tuple(depths), sum(depths), embed_dims[2]
+        self.shared_blocks = depths[0] + depths[1]  # views of an image are one pass through them, and dropped as one
         self.taps = (self.depth - 1,) if fused else ()
         self.tap_grids, self.tap_widths = [self.grid] * len(self.taps), [self.embed_dim] * len(self.taps)
 
@@ -297,7 +298,7 @@ class ConvViT(nn.Cell):
         Args:
             mask: ids_keep, ids_mask, ids_restore [B, ...], or [B*V, ...] for V views of an image, which are rows of
                 their own from here on; none: all patches are visible, row-major.
-            drop: [depth, 2, B], factors of stochastic depth.
+            drop: [depth, 2, B] or [depth, 2, B*V], factors of stochastic depth (training/drop_path.py).
         """
         near = neighbours(self.near, *mask)
         outputs, count = [], 0
@@ -352,7 +353,11 @@ class ConvViT(nn.Cell):
 
     def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
         """The fused stages at visible patches, normed: a list of one [B, K, D], or [B*V, K, D] of V views."""
-        return [self.tap_norms[0](*self.stages(self.block_outputs(images, *mask)))]
+        return self.latents(images, mask)
+
+    def latents(self, images: Tensor, mask: tuple[Tensor, ...], drop: Tensor | None = None) -> list[Tensor]:
+        """As `construct`; `drop` as in `block_outputs`."""
+        return [self.tap_norms[0](*self.stages(self.block_outputs(images, *mask, drop=drop)))]
 
     def named_outputs(self, images: Tensor, *mask: Tensor):
         """Names and values along the way, for finding errors; not in a graph."""

@@ -305,6 +305,11 @@ def drop_path(x: Tensor, drop: Tensor | None, branch: int) -> Tensor:
     return x * factors.broadcast_to(x.shape)
 
 
+def linear_rates(rate: float, depth: int) -> list[float]:
+    """Rates of stochastic depth, one a block, from 0 in the first to `rate` in the last."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
 def without_first(x: Tensor, skip: int) -> Tensor:
     """Rows from `skip` on: [B, N, D] -> [B, N - skip, D]. (A slice that takes everything is still a slow copy.)"""
     return x[:, skip:] if skip else x

@@ -200,6 +200,7 @@ class SwinTransformer(nn.Cell):
 
     no_decay: tuple[str, ...] = ("position_bias", "token")  # in pre-training: names that hold one of these do not decay
     class_tokens = 0
+    shared_blocks = 0  # there are no views of an image
 
     def __init__(
         self,
@@ -283,23 +284,30 @@ class SwinTransformer(nn.Cell):
             return replace_tokens(self.patch_norm(self.patch_embed(images)), mask[0], self.mask_token)
         return self.patch_norm(self.patch_embed(images, mask[0]))
 
-    def stage_outputs(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
+    def stage_outputs(self, images: Tensor, *mask: Tensor, drop: Tensor | None = None) -> list[Tensor]:
         """What the encoder sees, [B, K_s, D_s] before and after each merging, up to the last tap.
 
         Two tensors a stage; the last stage, which has no merging, gives the same one twice.
+
+        Args:
+            drop: [blocks of all stages, 2, B], factors of stochastic depth (training/drop_path.py).
         """
         if self.mask_token is not None:
-            return self.whole_stages(images, None, *mask)
+            return self.whole_stages(images, drop, *mask)
         x = self.embed(images, *mask)
         outputs = []
         first = 1 + 3 * len(self.taps)  # of the current stage's windows in `mask`
+        block = 0  # the stage's first, counted over all stages
         for s in range(self.taps[-1] + 1):
-            count = 3 * self.layers[s].turns
-            before = self.layers[s](x, mask[first : first + count])
-            after = self.layers[s].merge(before)
+            layer = self.layers[s]
+            count = 3 * layer.turns
+            factors = None if drop is None else drop[block : block + len(layer.blocks)]
+            before = layer(x, mask[first : first + count], False, factors)
+            after = layer.merge(before)
             outputs += [before, after]
             x = ops.stop_gradient(after) if self.isolated and s in self.taps else after
             first += count
+            block += len(layer.blocks)
         return outputs
 
     def construct(self, images: Tensor, *mask: Tensor) -> list[Tensor]:
@@ -308,7 +316,11 @@ class SwinTransformer(nn.Cell):
         Args:
             mask: The arrays of mim/unit_masking.py; with `mask_token` those of mim/replaced_masking.py.
         """
-        outputs = self.stage_outputs(images, *mask)
+        return self.latents(images, mask)
+
+    def latents(self, images: Tensor, mask: tuple[Tensor, ...], drop: Tensor | None = None) -> list[Tensor]:
+        """As `construct`; `drop` as in `stage_outputs`."""
+        outputs = self.stage_outputs(images, *mask, drop=drop)
         latents = []
         for k in range(len(self.taps)):
             latents.append(self.tap_norms[k](outputs[2 * self.taps[k] + 1]))

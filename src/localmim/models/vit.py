@@ -60,6 +60,7 @@ class VisionTransformer(nn.Cell):
 
     no_decay: tuple[str, ...] = ()  # in pre-training tokens decay, as the authors have it (docs/quirks.md, Q11)
     class_tokens = 1  # tokens before those of the patches
+    shared_blocks = 0  # first blocks that drop all views of an image together (training/drop_path.py)
 
     def __init__(
         self,
@@ -176,11 +177,19 @@ class VisionTransformer(nn.Cell):
         Args:
             mask: The arrays of a mask (mim/masking.py and its neighbours); none: all patches are visible.
         """
+        return self.latents(images, mask)
+
+    def latents(self, images: Tensor, mask: tuple[Tensor, ...], drop: Tensor | None = None) -> list[Tensor]:
+        """As `construct`.
+
+        Args:
+            drop: [depth, 2, rows], factors of stochastic depth (training/drop_path.py); windows are rows of their own.
+        """
         x = self.embed(images, *mask)
         relation = self.relation(self.seen_grid(mask))
         latents = []
         for i in range(self.taps[-1] + 1):
-            x = self.blocks[i](x, 0, None, relation)
+            x = self.blocks[i](x, 0, None if drop is None else drop[i], relation)
             if i in self.taps:
                 latents.append(self.tap_norms[len(latents)](x))
                 if self.isolated:

@@ -10,6 +10,7 @@ from localmim.config import Config
 from localmim.errors import UserError
 from localmim.mim.masking import Masking
 from localmim.mim.model import MaskedImageModel
+from localmim.mim.reconstructors import FeatureNetworks
 from localmim.mim.tokenizers import Tokenizer, open_tokenizer
 from localmim.models.classifier import Classifier
 from localmim.models.convvit import ConvBlock
@@ -51,6 +52,8 @@ def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedIma
     target = config.target
     if not given["isolated_gradients"]:
         del given["isolated_gradients"]  # not every method has it
+    if target.feature_dims:
+        given["feature_dims"] = target.feature_dims
     mask = {k: v for k, v in dataclasses.asdict(config.mask).items() if v is not None and k != "ratio"}
     model = create_model(
         name,
@@ -77,15 +80,17 @@ def recompute_blocks(model: nn.Cell) -> None:
             cell.recompute()
 
 
-def build_tokenizer(config: Config, model: MaskedImageModel) -> Tokenizer | None:
-    """What makes the codebook ids of a batch; None for targets that are not a codebook.
+def build_tokenizer(config: Config, model: MaskedImageModel) -> Tokenizer | FeatureNetworks | None:
+    """What makes a batch's targets that are data: codebook ids, or features of frozen networks. None: there are none.
 
     Raises:
         UserError: Its files do not fit the recipe.
     """
-    if config.target.kind != "codebook":
-        return None
     target, encoder = config.target, model.encoder
+    if target.features:
+        return FeatureNetworks(target.features, target.feature_dims, encoder.grid)
+    if target.kind != "codebook":
+        return None
     return open_tokenizer(target.codebook, model.cell_sides(), target.vocab, encoder.in_chans, encoder.image_size)
 
 

@@ -1,21 +1,41 @@
-"""The task of pre-training: images with masks, and codebook ids where they are the target."""
+"""The task of pre-training: images with masks, the targets that are data, and factors of stochastic depth."""
 
 from __future__ import annotations
 
 import json
 
 import numpy as np
+from mindspore import Tensor, nn
 
 from localmim.config import Config
 from localmim.data.pipeline import Batch
 from localmim.data.sources import open_source
 from localmim.distributed import Ranks
 from localmim.errors import UserError
+from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
+from localmim.models.layers import linear_rates
 from localmim.training.build import build_masking, build_model, build_tokenizer
+from localmim.training.drop_path import drop_path_factors
 from localmim.training.initial import go_on_pretraining
 from localmim.training.optimizer import Group, pretraining_groups
 from localmim.training.task import Task
+
+
+class DroppedLoss(nn.Cell):
+    """A model's loss under stochastic depth, whose factors are the last input."""
+
+    def __init__(self, model: MaskedImageModel):
+        super().__init__()
+        self.model = model
+
+    def construct(self, images: Tensor, *arrays: Tensor):
+        """images [B, C, H, W], mask arrays, target arrays, drop [depth, 2, rows] -> (loss, losses [scales])."""
+        return self.model.forward(images, arrays[:-1], arrays[-1])
+
+    def activations(self, images: Tensor, *arrays: Tensor):
+        """As the model's, without stochastic depth."""
+        yield from self.model.activations(images, *arrays[:-1])
 
 
 class Pretraining(Task):
@@ -31,6 +51,9 @@ class Pretraining(Task):
     def __init__(self, config: Config, ranks: Ranks):
         self.config = config
         self.model = self.network = build_model(config)
+        self.drops = self.model.drop_path > 0
+        if self.drops:
+            self.network = DroppedLoss(self.model)
         self.loss_parts = len(self.model.decoders)
         self.masking = build_masking(config, self.model)
         if self.masking.by_batch and not config.shared_draws:
@@ -41,13 +64,22 @@ class Pretraining(Task):
         if isinstance(self.tokenizer, StoredIds):
             require_fixed_crops(config.data, encoder.image_size)
             self.tokenizer.check(self.source)
-        self.codebook = fingerprint(config.target.codebook) if self.tokenizer is not None else None
+        target = config.target
+        files = {"codebook": target.codebook if target.kind == "codebook" else [], "features": target.features}
+        self.digests = {key: fingerprint(names) if names else None for key, names in files.items()}
 
     def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
-        """Images, mask arrays, codebook ids if any."""
-        ids = () if self.tokenizer is None else self.tokenizer(part.images, part.ids)
+        """Images, mask arrays, then what there is of codebook ids, features and factors of stochastic depth."""
+        given = () if self.tokenizer is None else self.tokenizer(part.images, part.ids)
         mask = self.masking(epoch, part.ids, draw if self.config.shared_draws else None)
-        return (part.images, *mask.arrays(), *ids)
+        drop = (self.factors(epoch, part.ids, getattr(mask, "views", 1)),) if self.drops else ()
+        return (part.images, *mask.arrays(), *given, *drop)
+
+    def factors(self, epoch: int, samples: np.ndarray, views: int) -> np.ndarray:
+        """Of stochastic depth, [depth, 2, B*views]."""
+        encoder = self.model.encoder
+        rates = linear_rates(self.model.drop_path, encoder.depth)
+        return drop_path_factors(rates, self.config.seed, epoch, samples, views, encoder.shared_blocks)
 
     def groups(self) -> dict[str, Group]:
         """The full rate for all; the encoder says what does not decay."""
@@ -62,14 +94,17 @@ class Pretraining(Task):
         lines = [self.masking.describe()]
         if encoder.idle():
             lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
+        if self.drops:
+            lines.append(f"stochastic depth: a rate of {self.model.drop_path:g} in the last block, 0 in the first")
         return lines
 
     def fingerprints(self) -> dict[str, str]:
-        return {} if self.codebook is None else {"target.codebook": json.dumps(self.codebook)}
+        return {f"target.{key}": json.dumps(digest) for key, digest in self.digests.items() if digest}
 
     def state(self) -> dict:
-        return {"codebook": self.codebook}
+        return self.digests
 
     def check_state(self, state: dict) -> None:
-        if state.get("codebook") != self.codebook:
-            raise UserError(f"target.codebook is not the one that the run in {self.config.output_dir} began with")
+        for key, digest in self.digests.items():
+            if state.get(key) != digest:
+                raise UserError(f"target.{key} is not the one that the run in {self.config.output_dir} began with")

@@ -7,7 +7,9 @@ from pathlib import Path
 from localmim.errors import UserError
 
 # What may differ from machine to machine of one run: where things are.
-DIFFERS_BY_MACHINE = {"device", "init", "data.dir", "data.val_dir", "data.format", "data.workers", "target.codebook"}
+DIFFERS_BY_MACHINE = {"device", "init", "data.dir", "data.val_dir", "data.format", "data.workers"} | {
+    *("target.codebook", "target.features"),
+}
 # What may differ when a run goes on: none of it changes what is computed, except how long.
 MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint", "wait_limit_s"} | {
     *("batch_size", "accumulate"),  # with the number of devices: their product is checked
@@ -17,7 +19,7 @@ MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every",
     "init",  # where a run began
     "classification.eval_every",
     "data.val_dir",
-    "target.codebook",  # its place; what is in it is checked
+    *("target.codebook", "target.features"),  # their places; what is in them is checked
 }
 
 

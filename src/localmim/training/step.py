@@ -255,8 +255,8 @@ class TrainStep:
     """An optimizer step over `accumulate` parts of a batch.
 
     Args:
-        model: Inputs -> (loss, losses). It may have `follow`, a Cell that runs after each update, as a teacher that is
-            an average of the model does (mim/reconstructors.py).
+        model: Inputs -> (loss, losses). It may have `follow`, a Cell that runs after each update: what moves a teacher
+            that is an average of the model (mim/reconstructors.py).
         optimizer: Of its parameters.
         accumulate: Forward passes a step on each device; their gradients are averaged.
         clip: Largest global gradient norm; None: no clipping.
