@@ -6,5 +6,6 @@ use_environment requirements-dev.txt
 
 ruff check .
 ruff format --check .
-# A process a core, at most four; tests of one file stay together, since they share what takes long to build.
-python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+# A process a core, at most four; tests of one file stay together, since they share what takes long to build, and the
+# slowest files begin first (tests/conftest.py).
+python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

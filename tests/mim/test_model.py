@@ -133,7 +133,7 @@ def test_pixels_of_four_channels():
     np.testing.assert_allclose(losses.asnumpy(), case.expected_losses(predictions, targets), rtol=5e-6)
 
 
-@pytest.mark.parametrize("scales", [[4, 2, 1, 0.5], [2, 0.5]])
+@pytest.mark.parametrize("scales", [[4, 0.5]])
 def test_codebook_ids_at_any_scales(scales):
     """The loss is the cross-entropy of hidden cells' ids by the formula, weighted by the hidden share at scale 1/2."""
     case = Case((32, 48), 3, scales=scales, target="codebook", vocab=5)

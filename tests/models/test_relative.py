@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from localmim.models.layers import Attention, Block
+from localmim.models.layers import Attention, Block, set_compute_dtype
 from localmim.models.relative import (
     BUCKETS,
     ContextualBias,
@@ -111,3 +111,15 @@ def test_a_hidden_pixel_is_not_seen():
     one, two = (encoder(Tensor(x), *arrays)[0].asnumpy() for x in (images, other))
     assert np.array_equal(one, two)
     assert not np.allclose(encoder.features(Tensor(images)).asnumpy(), encoder.features(Tensor(other)).asnumpy())
+
+
+@pytest.mark.parametrize("relative", ["contextual", "shared"])
+def test_half_precision(relative):
+    """Without position codes the embedding must widen by itself: the residual stream is float32 in any precision."""
+    encoder = VisionTransformer(16, 4, 3, 16, 1, 2, taps=(0,), mask_token=True, position="none", relative=relative)
+    arrays = Tensor(np.eye(16, dtype=np.float32)[:2]), Tensor(np.array([[0], [1]], np.int32))
+    images = Tensor(rng.normal(size=(2, 3, 16, 16)).astype(np.float32))
+    whole = encoder(images, *arrays)[0].asnumpy()
+    half = set_compute_dtype(encoder, ms.float16)(images, *arrays)[0]
+    assert half.dtype == ms.float32
+    np.testing.assert_allclose(half.asnumpy(), whole, atol=2e-2)

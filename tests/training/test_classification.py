@@ -18,7 +18,7 @@ from localmim.training.diagnose import first_nonfinite
 from localmim.training.loop import Run, train
 from localmim.training.restore import restore
 
-VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 7, "num_heads": 2}
+VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 2}
 RECIPE = {
     "task": "finetune",
@@ -73,7 +73,6 @@ def equal(a: dict, b: dict) -> bool:
 def test_a_run_that_goes_on_is_bit_for_bit(make):
     """Stopped in the middle of an epoch: mixing, stochastic depth, augmentation, moments and averages all go on."""
     augmented = {"data": {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.5, "val_dir": ""}}
-    augmented["model"] = {"depth": 2}
     train(make("whole", **augmented))
     train(make("parts", max_steps=3, **augmented))
     train(make("parts", **augmented))
@@ -95,7 +94,7 @@ def test_what_mixing_and_depth_do_to_the_inputs(make):
     assert pixels.shape == batch.images.shape and not np.array_equal(pixels, batch.images)
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-5)
     assert targets.min() == pytest.approx(0.01)
-    assert drop.shape == (7, 2, 8)
+    assert drop.shape == (2, 2, 8)
     run = Run(make("plain", model={"drop_path": 0}, classification={"mixup": 0, "cutmix": 0, "label_smoothing": 0}))
     ((pixels, targets),) = run.row(0, 0, batch)[1]
     np.testing.assert_array_equal(pixels, batch.images)
@@ -105,16 +104,16 @@ def test_what_mixing_and_depth_do_to_the_inputs(make):
 
 def test_encoder_of_a_vit(make):
     """Everything but norm and head comes from pre-training, at another image size with resized codes; head is tiny."""
-    path, model = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", VIT)
+    path, model = pretrained(make, "pre", "mae_vit_tiny_patch16_224", VIT)
     before = {n: p.asnumpy() for n, p in model.parameters_and_names()}
     run = Run(make(init=path, model={"image_size": 48}))
     after = {n: p.asnumpy() for n, p in run.model.parameters_and_names()}
     shared = [n for n in after if n.startswith("encoder.") and n != "encoder.pos_embed"]
-    assert all(np.array_equal(before[n], after[n]) for n in shared) and len(shared) == 4 + 7 * 12 - 1
+    assert all(np.array_equal(before[n], after[n]) for n in shared) and len(shared) == 4 + 2 * 12 - 1
     assert after["encoder.pos_embed"].shape == (1, 37, 24)
     assert 0 < np.abs(after["head.weight"]).max() < 1e-4
     text = "\n".join(run.beginning)
-    assert "88 weights loaded; 4 missing: head.bias, head.weight, norm.beta, norm.gamma" in text
+    assert "28 weights loaded; 4 missing: head.bias, head.weight, norm.beta, norm.gamma" in text
     assert "position codes 4x4 -> 6x6" in text
     assert np.array_equal(run.average.state()["encoder.pos_embed"], after["encoder.pos_embed"])
 
@@ -150,7 +149,7 @@ def test_a_classifier_of_the_same_classes_brings_its_head(make):
 
 def test_linear_probe(make):
     """Only the head moves; the encoder stays bit for bit, and running statistics are in the checkpoint."""
-    path, model = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", VIT)
+    path, model = pretrained(make, "pre", "mae_vit_tiny_patch16_224", VIT)
     plain = {"mixup": 0, "cutmix": 0, "label_smoothing": 0}
     optimizer = {"kind": "lars", "lr": 1.0, "weight_decay": 0, "layer_decay": 1, "ema_decay": None}
     config = make(
@@ -202,7 +201,6 @@ def test_pretraining_goes_on_from_weights(make):
 def test_a_run_stopped_while_it_was_measured(make, monkeypatch):
     """The step is saved before it is measured; the same command measures it first and ends as if nothing had been."""
     plain = {"classification": {"eval_every": 1}, "checkpoint": {"every_epochs": 1, "every_steps": 0}}
-    plain["model"] = {"depth": 2}
     train(make("whole", **plain))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", lambda run: (_ for _ in ()).throw(UserError("too many unreadable images")))
@@ -226,15 +224,15 @@ def test_a_run_stopped_while_it_was_measured(make, monkeypatch):
 
 def test_what_shapes_do_not_tell(make):
     """Another number of heads is refused; untrained blocks, another pooling and an unread init are said."""
-    path, _ = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", {**VIT, "scales": [2.0, 1.0]})
+    path, _ = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", {**VIT, "depth": 7, "scales": [2.0, 1.0]})
     with pytest.raises(UserError, match=r"blocks\.0\.attn was trained with 2 heads, this recipe has 4"):
-        Run(make(init=path, model={"num_heads": 4}))
-    run = Run(make(init=path, model={"pool": "token"}))
+        Run(make(init=path, model={"depth": 7, "num_heads": 4}))
+    run = Run(make(init=path, model={"depth": 7, "pool": "token"}))
     assert "the top 2 of 7 blocks were not pre-trained" in "\n".join(run.beginning)
     run.save()
-    again = Run(make("next", init=run.config.output_dir, model={"pool": "mean"}))
+    again = Run(make("next", init=run.config.output_dir, model={"depth": 7, "pool": "mean"}))
     assert "pooling was token and is mean" in "\n".join(again.beginning)
-    unread = Run(make(init="elsewhere", model={"pool": "token"}))
+    unread = Run(make(init="elsewhere", model={"depth": 7, "pool": "token"}))
     assert "init 'elsewhere' is not read" in "\n".join(unread.beginning)
 
 
@@ -278,11 +276,11 @@ def test_images_without_classes(make, images, tmp_path):
 
 def test_another_encoder_is_refused(make):
     """Sizes that differ are named, nothing is half loaded."""
-    path, _ = pretrained(make, "pre", "localmim_vit_tiny_patch16_224", VIT)
+    path, _ = pretrained(make, "pre", "mae_vit_tiny_patch16_224", VIT)
     with pytest.raises(UserError, match=r"do not fit the model.*misshaped: encoder\."):
         Run(make(init=path, model={"embed_dim": 32}))
-    with pytest.raises(UserError, match=r"do not fit the model.*missing: .*encoder\.blocks\.7"):
-        Run(make(init=path, model={"depth": 8}))
+    with pytest.raises(UserError, match=r"do not fit the model.*missing: .*encoder\.blocks\.2"):
+        Run(make(init=path, model={"depth": 3}))
 
 
 def test_every_recipe_can_be_read_and_built(make):

@@ -331,11 +331,11 @@ def take_rows(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def replace_tokens(x: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
-    """Hidden rows become the token: x [B, N, D], hidden float [B, N] of 0 and 1, token [1, 1, D] -> [B, N, D]."""
+    """Hidden rows become the token: x [B, N, D], hidden [B, N] of 0 and 1, token [1, 1, D] -> [B, N, D], all float32."""
     B, N, D = x.shape
-    hidden = hidden.reshape(B * N, 1).astype(x.dtype)
-    kept = x.reshape(B * N, D) * (1 - hidden).broadcast_to((B * N, D))
-    return (kept + ops.matmul(hidden, token.reshape(1, D).astype(x.dtype))).reshape(B, N, D)
+    hidden = hidden.reshape(B * N, 1)
+    kept = x.reshape(B * N, D).astype(ms.float32) * (1 - hidden).broadcast_to((B * N, D))
+    return (kept + ops.matmul(hidden, token.reshape(1, D))).reshape(B, N, D)
 
 
 class PatchEmbed(nn.Cell):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
@@ -160,6 +161,7 @@ class VisionTransformer(nn.Cell):
             x = self.patch_embed(images, place)  # [B, K, D]
         else:
             x = self.patch_embed(images)
+        x = x.astype(ms.float32)  # the residual stream, whatever the products' precision
         if self.pos_embed is not None:
             codes = self.pos_embed[0, 1:]  # [L, D]
             x = x + (codes if place is None else ops.gather(codes, place, 0))
