@@ -31,7 +31,7 @@ class ModelConfig:
     embed_dims: Optional[list[int]] = None  # ConvViT: width of each stage
     depths: Optional[list[int]] = None  # Swin, ConvViT: blocks of each stage
     num_heads: Optional[Union[int, list[int]]] = None  # ViT: a number; Swin: one a stage
-    window_size: Optional[int] = None  # Swin, ConvViT: tokens a side of attention's windows
+    window_size: Optional[int] = None  # Swin: tokens a side of attention's windows
     taps: Optional[list[int]] = None  # ViT blocks or Swin stages (from 0) whose outputs are decoded
     scales: Optional[list[float]] = None  # cells a token side at each tap: 4, 2, 1 or 0.5
     decoder_dim: Optional[int] = None
@@ -173,7 +173,7 @@ class Config:
     epochs: int = 100
     batch_size: int = 256  # images a device and a forward pass
     accumulate: int = 1  # forward passes an optimizer step
-    shared_draws: bool = False  # what is drawn by batch (a Swin's mask, mixup) is drawn once a step for all devices
+    shared_draws: bool = False  # what is drawn by batch (a mask, mixup) is drawn once a step for all devices
     wait_limit_s: float = 1800  # several devices: end when the others take longer for a step or a checkpoint
     max_steps: Optional[int] = None  # stop early, after this many optimizer steps; the schedule does not change
     reference_quirks: bool = False  # compute what the authors' code does where it is peculiar, see docs/quirks.md

@@ -15,5 +15,10 @@ class RunError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says first, in one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 class PeerError(RunError):
     """Another process of the job failed, so this one stops as well; the reason is in the other's log. Exit code 3."""

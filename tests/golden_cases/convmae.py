@@ -17,8 +17,7 @@ from localmim.mim.convmae import convmae
 from localmim.mim.masking import mask_from_noise, num_visible
 from localmim.models.classifier import convvit_classifier
 from localmim.models.convvit import SIDES, ConvViT
-from localmim.models.depthwise import nested_places
-from localmim.models.windows import whole_windows
+from localmim.models.windows import nested_offsets, whole_windows
 
 TOLERANCE = 1e-4
 
@@ -59,7 +58,7 @@ class Stages(nn.Cell):
 def visible_places(ids: np.ndarray, grid: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column on a stage's grid of each position of visible patches ids [B, K]: two of [B, K*side*side]."""
     i, j = np.divmod(ids, grid[1])
-    places = nested_places(side)
+    places = nested_offsets(side, rows_first=True)
     return tuple((a[..., None] * side + places[:, axis]).reshape(len(ids), -1) for axis, a in enumerate((i, j)))
 
 

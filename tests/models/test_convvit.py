@@ -17,7 +17,8 @@ from localmim.mim.convmae import convmae
 from localmim.mim.masking import mask_from_noise
 from localmim.models.classifier import convvit_classifier
 from localmim.models.convvit import ConvViT
-from localmim.models.depthwise import DepthwiseConv, Halos, neighbour_table, neighbours, nested_places
+from localmim.models.depthwise import DepthwiseConv, Halos, neighbour_table, neighbours
+from localmim.models.windows import nested_offsets
 from localmim.training.layer_decay import layer_decay_groups
 
 SIZE, GRID, HEADS = (64, 48), (4, 3), 2
@@ -110,7 +111,7 @@ def plain_blocks(model: ConvViT, x: np.ndarray, attend: list[np.ndarray]) -> np.
 def rows_of(x: np.ndarray, ids: np.ndarray, side: int) -> np.ndarray:
     """Positions of patches ids [B, K] of a map, nested inside a patch: [B, h, w, C] -> [B, K*side*side, C]."""
     i, j = np.divmod(ids, GRID[1])
-    places = nested_places(side)
+    places = nested_offsets(side, rows_first=True)
     row, column = ((a[..., None] * side + places[:, n]).reshape(len(ids), -1) for n, a in enumerate((i, j)))
     return x[np.arange(len(ids))[:, None], row, column]
 
@@ -187,7 +188,7 @@ def test_depthwise_convolution_and_its_gradients(side):
     """Values and gradients of input, weight and bias are those of a convolution with zeros at hidden positions."""
     rng = np.random.default_rng(side)
     mask = mask_from_noise(rng.random((2, 12)), 5)
-    N, C, places = 5 * side**2, 3, nested_places(side)
+    N, C, places = 5 * side**2, 3, nested_offsets(side, rows_first=True)
     where = np.full((2, GRID[0] * side, GRID[1] * side), 2 * N, np.int32)
     row, column = (
         (a[..., None] * side + places[:, n]).reshape(2, -1) for n, a in enumerate(np.divmod(mask.ids_keep, GRID[1]))

@@ -113,3 +113,22 @@ def test_irpe_fits_every_size():
     large = localmim.create_model("vit_irpe_tiny_patch16_224", image_size=48, **sizes)
     fitted, what = fit_to_size(arrays, large, 32)
     assert what == [] and fitted["encoder.blocks.0.attn.relative.table"].shape == (1, 12, 50)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ("mae_vit_tiny_patch16_224", "vit_tiny_patch16_224", "encoder.pos_embed"),
+        ("beit_vit_tiny_patch16_224", "beit_tiny_patch16_224", "encoder.blocks.0.attn.relative.table"),
+    ],
+)
+def test_a_turned_image(before, after, name):
+    """24x32 px and 32x24 px have as many patches: shapes are equal, places are not."""
+    sizes = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    arrays = weights_of(localmim.create_model(before, image_size=(24, 32), **sizes))
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.normal(size=a.shape).astype(np.float32) for n, a in arrays.items()}
+    same = localmim.create_model(after, image_size=(24, 32), num_classes=2, **sizes)
+    turned = localmim.create_model(after, image_size=(32, 24), num_classes=2, **sizes)
+    kept, changed = (fit_to_size(arrays, model, (24, 32)).arrays[name] for model in (same, turned))
+    assert kept.shape == changed.shape and not np.allclose(kept, changed)

@@ -160,7 +160,7 @@ def test_a_picture(whole, tmp_path, monkeypatch):
         (["--target.features", "[nowhere.mindir]"], "target.features: nowhere.mindir does not exist"),
         (["--model.branch_depth", "2"], "branch_depth 2 is more than decoder_depth 1"),
         (["--model.teacher_decay", "1"], "teacher_decay is 1.0, expected 0 to below 1"),
-        (["--model.drop_path", "0.1"], "unexpected keyword argument 'drop_path'"),
+        (["--model.drop_path", "0.1"], "model.drop_path is set, but fastconvmae_mixture"),
     ],
 )
 def test_mistakes_are_one_line(recipe, tmp_path, overrides, said):

@@ -35,8 +35,6 @@ def beit_encoder(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    if not isinstance(num_heads, int):
-        raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
     encoder = VisionTransformer(
         image_size,
         patch_size,

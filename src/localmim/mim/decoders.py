@@ -1,4 +1,7 @@
-"""LocalMIM's decoder: one small transformer at each tap, then a rescaling head (Wang et al., CVPR 2023, section 3).
+"""The decoder of encoders that see visible patches only: a small transformer over all patches, then a head.
+
+LocalMIM has one at each tap, a block with a rescaling head (Wang et al., CVPR 2023, section 3); MAE, GreenMIM and
+ConvMAE have one at the top, of up to eight blocks with a linear head.
 
 Equal to the authors' decoder where the loss reads it, with less work:
 
@@ -130,7 +133,7 @@ class Decoder(nn.Cell):
         out_dim: Values D of a cell's target.
         dim: Width d; depth: blocks; num_heads: heads.
         class_token: Whether the tap's first token is a class token.
-        linear_head: Predict scale 1 by a Linear, Xavier-uniform, as the authors' Swin does; else by a 1x1 convolution.
+        linear_head: Predict scale 1 by a Linear, Xavier-uniform (all but LocalMIM on a ViT); else by a 1x1 convolution.
 
     Raises:
         ValueError: Scale 0.5 on an odd grid, or a depth below 1.

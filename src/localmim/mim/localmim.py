@@ -18,7 +18,7 @@ from localmim.mim.targets import build_target
 from localmim.mim.unit_masking import UnitMasking
 from localmim.models.registry import register
 from localmim.models.sizes import SWIN, VIT
-from localmim.models.swin import SwinTransformer
+from localmim.models.swin import SwinTransformer, last_stage
 from localmim.models.vit import VisionTransformer
 
 MIN_DEPTH = 7
@@ -92,8 +92,6 @@ def localmim_vit(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    if not isinstance(num_heads, int):
-        raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
     if depth < MIN_DEPTH:
         raise ValueError(
             f"LocalMIM needs an encoder of at least {MIN_DEPTH} blocks, got depth {depth}: "
@@ -149,11 +147,9 @@ def localmim_swin(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    for name, value in (("depths", depths), ("num_heads", num_heads), ("taps", taps)):
-        if isinstance(value, int):
-            raise ValueError(f"{name} {value} must be a list for a Swin, one number a stage")
-    if not isinstance(window_size, int):
-        raise ValueError(f"window_size {window_size} must be one whole number")
+    if isinstance(taps, int):
+        raise ValueError(f"taps {taps} must be a list for a Swin, one number a stage")
+    last_stage(depths, num_heads, window_size)
     taps = list(range(len(depths))) if taps is None else taps
     scales, taps = checked([1] * len(taps) if scales is None else scales, taps, list)
     encoder = SwinTransformer(

@@ -49,9 +49,8 @@ def mae_vit(
         image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, taps=(depth - 1,)
     )
     targets, error = build_target(target, [patch_size], in_chans, nbins, hog_bias, norm_pix, vocab, seed)
-    decoder = Decoder(
-        embed_dim, encoder.grid, 1.0, targets.dims[0], decoder_dim, decoder_depth, decoder_heads, linear_head=True
-    )
+    sizes = decoder_dim, decoder_depth, decoder_heads, mlp_ratio
+    decoder = Decoder(embed_dim, encoder.grid, 1.0, targets.dims[0], *sizes, linear_head=True)
     h, w = encoder.grid
     return MaskedImageModel(encoder, [decoder], targets, partial(RandomMasking, h * w), error)
 

@@ -52,8 +52,6 @@ def maskfeat_vit(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    if not isinstance(num_heads, int):
-        raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
     if hog_cell < 1 or patch_size % hog_cell:
         raise ValueError(f"a patch of {patch_size} px does not divide into histograms of {hog_cell} px")
     sizes = image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio

@@ -7,7 +7,7 @@ is the same wherever and whenever it is asked for. 1 = hidden throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -15,7 +15,13 @@ from localmim.errors import UserError
 
 
 class Mask(Protocol):
-    """A batch's masks, ready for the graph; of one shape for every batch."""
+    """A batch's masks, ready for the graph; of one shape for every batch.
+
+    Attributes:
+        views: Rows of the encoder that an image makes.
+    """
+
+    views: int
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What enters the graph; the encoder knows the order."""
@@ -61,6 +67,7 @@ class TokenMask:
     ids_keep: np.ndarray
     ids_mask: np.ndarray
     ids_restore: np.ndarray
+    views: ClassVar[int] = 1
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What enters the graph, in this order: ids_keep, ids_mask, ids_restore."""

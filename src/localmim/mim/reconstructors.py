@@ -14,7 +14,6 @@ graph and follows the encoder after each update.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -25,6 +24,7 @@ from localmim.mim.cells import target_rows
 from localmim.mim.losses import squared_error
 from localmim.mim.masking import Masking
 from localmim.mim.model import MaskedImageModel
+from localmim.mim.tokenizers import FrozenNetwork
 from localmim.models.layers import (
     Block,
     LayerNorm,
@@ -37,6 +37,8 @@ from localmim.models.layers import (
 
 class Trunk(nn.Cell):
     """The blocks that all targets share: MAE's decoder without its last blocks, norm and head.
+
+    Apart from mim/decoders.py, whose savings in the first and the last block need all blocks of a decoder in one place.
 
     Args:
         encoder_dim: Width of the tap, which has no class token.
@@ -233,12 +235,7 @@ class FeatureNetworks:
             raise UserError(f"target.features lists {len(files)} networks, expected one for each width of {list(dims)}")
         self.files, self.dims, self.grid, self.networks = list(files), list(dims), grid, []
         for file in files:
-            if not Path(file).is_file():
-                raise UserError(f"target.features: {file} does not exist, expected a .mindir file")
-            try:
-                self.networks.append(nn.GraphCell(ms.load(str(file))))
-            except Exception as error:  # MindSpore has no class of its own for this
-                raise UserError(f"target.features: {file} is no MINDIR file: {_line(error)}") from error
+            self.networks.append(FrozenNetwork(file, "target.features"))
 
     def __call__(self, images: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, ...]:
         """Features of a batch.
@@ -253,15 +250,11 @@ class FeatureNetworks:
         Raises:
             UserError: A network refuses the images, or gives another shape.
         """
-        return tuple(self._features(k, Tensor(images)) for k in range(len(self.files)))
+        return tuple(self._features(k, images) for k in range(len(self.files)))
 
-    def _features(self, k: int, images: Tensor) -> np.ndarray:
+    def _features(self, k: int, images: np.ndarray) -> np.ndarray:
         file, D, (h, w) = self.files[k], self.dims[k], self.grid
-        try:
-            found = self.networks[k](images)
-        except Exception as error:  # whatever the network makes of a wrong shape
-            raise UserError(f"target.features: {file} refuses images {images.shape}: {_line(error)}") from error
-        x = (found[0] if isinstance(found, (tuple, list)) else found).asnumpy()
+        x = self.networks[k](images)[0].asnumpy()
         if x.shape == (len(images), D, h, w):
             return np.ascontiguousarray(x.transpose(0, 2, 3, 1), np.float32)
         if x.ndim == 3 and x.shape[0] == len(images) and x.shape[1] >= h * w and x.shape[2] == D:
@@ -270,8 +263,3 @@ class FeatureNetworks:
             f"target.features: {file} returns {x.shape}, expected features {(len(images), D, h, w)} or "
             f"tokens {(len(images), h * w, D)}, with or without others before them"
         )
-
-
-def _line(error: Exception) -> str:
-    """What an exception says first, in one line."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

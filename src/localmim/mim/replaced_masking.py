@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class ReplacedMask:
     units: np.ndarray
     hidden: np.ndarray
     ids_mask: np.ndarray
+    views: ClassVar[int] = 1
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What enters the graph, in this order: hidden, ids_mask."""

@@ -3,7 +3,8 @@
 Squares of 32 pixels are hidden: a learned token replaces what was embedded of them, the encoder sees the whole image,
 and one linear layer predicts the raw pixels of each hidden token; the loss is their mean absolute error. Deviations
 from the authors' code: their 1e-5 in the loss's denominator is left out (below rounding), and `reference_quirks`
-decides whether a Swin's bias tables decay (docs/quirks.md).
+decides whether a Swin's bias tables decay (docs/quirks.md, S1). On a Swin squares are whole tokens of the last stage
+(S7).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from localmim.config import DataConfig
 from localmim.data.sources import Source
-from localmim.errors import UserError
+from localmim.errors import UserError, first_line
 from localmim.mim.targets import PixelTarget
 
 FORMAT = "localmim-codebook-1"
@@ -231,7 +231,7 @@ def read_centroids(file: str) -> tuple[dict[int, np.ndarray], int]:
     except FileNotFoundError as error:
         raise UserError(f"codebook {file} does not exist") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is no codebook, or a damaged one: {_line(error)}") from error
+        raise UserError(f"{file} is no codebook, or a damaged one: {first_line(error)}") from error
     for cell, table in tables.items():
         d = in_chans * pooled_side(cell) ** 2
         if table.ndim != 2 or table.shape[1] != d or table.dtype != np.float32:
@@ -239,6 +239,34 @@ def read_centroids(file: str) -> tuple[dict[int, np.ndarray], int]:
                 f"{file} is damaged: cell_{cell} is {table.dtype} {table.shape}, expected float32 (vocab, {d})"
             )
     return tables, in_chans
+
+
+class FrozenNetwork:
+    """An exported network on the host: images float32 [B, C, H, W] -> its outputs.
+
+    Args:
+        file: A .mindir file.
+        key: The recipe's key that names it, for messages.
+
+    Raises:
+        UserError: The file is not there, MindSpore cannot load it; when called, the network refuses the images.
+    """
+
+    def __init__(self, file: str, key: str):
+        self.file, self.key = file, key
+        if not Path(file).is_file():
+            raise UserError(f"{key}: {file} does not exist, expected a .mindir file")
+        try:
+            self.network = nn.GraphCell(ms.load(str(file)))
+        except Exception as error:  # MindSpore has no class of its own for this
+            raise UserError(f"{key}: {file} is no MINDIR file: {first_line(error)}") from error
+
+    def __call__(self, images: np.ndarray) -> tuple[Tensor, ...]:
+        try:
+            found = self.network(Tensor(images))
+        except Exception as error:  # as above: whatever the network makes of a wrong shape
+            raise UserError(f"{self.key}: {self.file} refuses images {images.shape}: {first_line(error)}") from error
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 class MindIRTokenizer(Tokenizer):
@@ -263,13 +291,10 @@ class MindIRTokenizer(Tokenizer):
         self.grids = [(image_size[0] // cell, image_size[1] // cell) for cell in cells]
         self.networks = {}
         for file in dict.fromkeys(files):
-            try:
-                self.networks[file] = nn.GraphCell(ms.load(file))
-            except Exception as error:  # MindSpore has no class of its own for this
-                raise UserError(f"target.codebook: {file} is no MINDIR file: {_line(error)}") from error
+            self.networks[file] = FrozenNetwork(file, "target.codebook")
 
     def __call__(self, images: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, ...]:
-        outputs = {file: self._outputs(file, Tensor(images)) for file in self.networks}
+        outputs = {file: network(images) for file, network in self.networks.items()}
         wanted = len(self.grids) if len(self.files) == 1 else 1
         for file, found in outputs.items():
             if len(found) != wanted:
@@ -281,13 +306,6 @@ class MindIRTokenizer(Tokenizer):
         ids = tuple(self._ids(file, x, len(images), grid) for (file, x), grid in zip(named, self.grids))
         _check_range(ids, self.vocab, " and ".join(self.networks))
         return ids
-
-    def _outputs(self, file: str, images: Tensor) -> tuple[Tensor, ...]:
-        try:
-            found = self.networks[file](images)
-        except Exception as error:  # as above: whatever the network makes of a wrong shape
-            raise UserError(f"target.codebook: {file} refuses images {images.shape}: {_line(error)}") from error
-        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
     def _ids(self, file: str, output: Tensor, batch: int, grid: tuple[int, int]) -> np.ndarray:
         """One output as ids int32 [B, hs, ws]."""
@@ -321,7 +339,9 @@ class StoredIds(Tokenizer):
             arrays = _mapped(file)
             self.fingerprint = str(arrays["fingerprint"])
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"target.codebook: {file} is no file of stored ids, or damaged: {_line(error)}") from error
+            raise UserError(
+                f"target.codebook: {file} is no file of stored ids, or damaged: {first_line(error)}"
+            ) from error
         for cell in cells:
             if f"cell_{cell}" not in arrays:
                 raise UserError(f"target.codebook: {file} has {', '.join(sorted(arrays))}, but no cell_{cell}")
@@ -406,8 +426,3 @@ def require_fixed_crops(config: DataConfig, image_size: tuple[int, int]) -> None
         wrong.append("data.interpolation: bicubic")
     if wrong:
         raise UserError(f"stored ids fit only images that are always cropped alike: set {', '.join(wrong)}")
-
-
-def _line(error: Exception) -> str:
-    """What an exception says first, in one line."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

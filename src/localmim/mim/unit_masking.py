@@ -10,12 +10,13 @@ middle stages.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from localmim.errors import UserError
 from localmim.mim.masking import RandomMasking, TokenMask, mask_from_shuffle
-from localmim.models.windows import Windows, pack_windows
+from localmim.models.windows import Windows, nested_offsets, pack_windows
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class UnitMask:
     patches: np.ndarray
     taps: tuple[TokenMask, ...]
     windows: tuple[Windows, ...]
+    views: ClassVar[int] = 1
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What enters the graph, in this order: the patches, three arrays a tap, the windows' arrays."""
@@ -135,16 +137,3 @@ class UnitMasking:
             number = unit_major[:, offsets[:, 0] * r + offsets[:, 1]]
             return np.stack(np.divmod(number, grid[1]), axis=-1)
         return np.stack(np.divmod(tokens, grid[1]), axis=-1)
-
-
-def nested_offsets(r: int, rows_first: bool) -> np.ndarray:
-    """(row, column) of the r x r tokens of a unit, quads of quads: [r*r, 2].
-
-    A quad is (0,0), (1,0), (0,1), (1,1), the official Swin's order of merging, and with `rows_first`
-    (0,0), (0,1), (1,0), (1,1).
-    """
-    quad = np.array([[0, 0], [0, 1], [1, 0], [1, 1]] if rows_first else [[0, 0], [1, 0], [0, 1], [1, 1]])
-    offsets = np.zeros((1, 2), np.int64)
-    while len(offsets) < r * r:
-        offsets = (offsets[:, None] * 2 + quad).reshape(-1, 2)
-    return offsets

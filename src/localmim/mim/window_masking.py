@@ -32,6 +32,11 @@ class WindowMask:
     ids_mask: np.ndarray
     patches: int
 
+    @property
+    def views(self) -> int:
+        """Windows of an image."""
+        return len(self.hidden) // len(self.ids)
+
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What enters the graph, in this order: ids, hidden, rows, ids_mask."""
         return self.ids, self.hidden, self.rows, self.ids_mask

@@ -19,7 +19,7 @@ from localmim.models.convvit import ConvViT, check_sizes
 from localmim.models.layers import LayerNorm, Linear, linear_rates
 from localmim.models.registry import register
 from localmim.models.sizes import CONVVIT, SWIN, VIT
-from localmim.models.swin import SwinTransformer
+from localmim.models.swin import SwinTransformer, last_stage
 from localmim.models.vit import Position, Relative, VisionTransformer
 
 Pool = Literal["mean", "token", "normed_mean"]
@@ -170,8 +170,6 @@ def vit_classifier(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    if not isinstance(num_heads, int):
-        raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
     encoder = VisionTransformer(
         image_size,
         patch_size,
@@ -216,9 +214,7 @@ def swin_classifier(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    for name, value in (("depths", depths), ("num_heads", num_heads)):
-        if isinstance(value, int):
-            raise ValueError(f"{name} {value} must be a list for a Swin, one number a stage")
+    last_stage(depths, num_heads, window_size)
     encoder = SwinTransformer(
         image_size,
         patch_size,

@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Uniform, initializer
 
-from localmim.models.depthwise import DepthwiseConv, Halos, neighbour_table, neighbours, nested_places
+from localmim.models.depthwise import DepthwiseConv, Halos, neighbour_table, neighbours
 from localmim.models.layers import (
     Block,
     Gelu,
@@ -34,14 +34,13 @@ from localmim.models.layers import (
     to_pair,
     torch_default_init,
 )
-from localmim.models.relative import offset_classes
-from localmim.models.windows import whole_windows
+from localmim.models.relative import offset_classes, window_bias
+from localmim.models.windows import nested_offsets, whole_windows
 
 PATCH = 16  # pixels of a stage-3 token's side: strides 4, 2, 2
 SIDES = (4, 2)  # positions of a patch's side in stages 1 and 2
 REACH = 2  # of the 5 x 5 depth-wise kernels
 CONV_EPS = 1e-5  # LayerNorm of the convolution stages
-NEVER = -1e4  # added to the scores of what must not be attended to: exp of it is exactly 0
 
 
 class RowConv(nn.Cell):
@@ -57,7 +56,7 @@ class RowConv(nn.Cell):
         self.weight = parameter(init, (out_dim, in_dim, side, side))
         self.bias = parameter(init, (out_dim,))
         self.side = side
-        self.order = Tensor((nested_places(side) @ (side, 1)).astype(np.int32))
+        self.order = Tensor((nested_offsets(side, rows_first=True) @ (side, 1)).astype(np.int32))
         self.project = Project()
         self.compute_dtype = ms.float32
 
@@ -145,12 +144,8 @@ class PositionBias(nn.Cell):
         self.relative_position_bias_table = parameter("zeros", (count, num_heads))
 
     def construct(self, pairs: Tensor) -> Tensor:
-        """Rows of the table [G, S, S] -> [G, nh, S, S]; NEVER for pairs with a number past the last row."""
-        table = self.relative_position_bias_table
-        last = table.shape[0] - 1
-        bias = ops.gather(table, ops.minimum(pairs, last), 0).transpose(0, 3, 1, 2)
-        never = (pairs > last).astype(ms.float32) * NEVER
-        return bias + never.expand_dims(1).broadcast_to(bias.shape)
+        """Rows of the table [G, S, S] -> [G, nh, S, S]."""
+        return window_bias(self.relative_position_bias_table, pairs)
 
 
 def grid_windows(grid: tuple[int, int], window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,7 +175,7 @@ def _pixel_places(grid: tuple[int, int]) -> np.ndarray:
     h, w = grid
     side = SIDES[0]
     i, j = np.divmod(np.arange(h * w), w)
-    places = nested_places(side)
+    places = nested_offsets(side, rows_first=True)
     rows, columns = i[:, None] * side + places[:, 0], j[:, None] * side + places[:, 1]
     return (rows * (w * side) + columns).astype(np.int32)
 

@@ -18,14 +18,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from localmim.models.layers import AddBias, parameter, take_rows, torch_default_init
-
-
-def nested_places(side: int) -> np.ndarray:
-    """(row, column) of the positions of a patch in nested order, for a side that is a power of 2: [side^2, 2]."""
-    if side == 1:
-        return np.zeros((1, 2), np.int64)
-    half = side // 2
-    return np.concatenate([nested_places(half) + (i * half, j * half) for i in range(2) for j in range(2)])
+from localmim.models.windows import nested_offsets
 
 
 def neighbour_table(grid: tuple[int, int]) -> np.ndarray:
@@ -68,7 +61,7 @@ class Halos(nn.Cell):
 
     def __init__(self, side: int, reach: int):
         super().__init__()
-        places, width = nested_places(side), side + 2 * reach
+        places, width = nested_offsets(side, rows_first=True), side + 2 * reach
         number = np.empty((side, side), np.int32)  # of each place in nested order
         number[tuple(places.T)] = np.arange(side * side)
         i, j = (a.ravel() - reach for a in np.meshgrid(np.arange(width), np.arange(width), indexing="ij"))

@@ -331,7 +331,7 @@ def take_rows(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def replace_tokens(x: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
-    """Hidden rows become the token: x [B, N, D], hidden [B, N] of 0 and 1, token [1, 1, D] -> [B, N, D], all float32."""
+    """Hidden rows become the token: x [B, N, D], hidden [B, N] of 0 and 1, token [1, 1, D] -> [B, N, D] float32."""
     B, N, D = x.shape
     hidden = hidden.reshape(B * N, 1)
     kept = x.reshape(B * N, D).astype(ms.float32) * (1 - hidden).broadcast_to((B * N, D))

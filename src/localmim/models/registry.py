@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Callable
 
 from localmim.errors import UserError
@@ -29,6 +30,7 @@ def register(name: str, factory: Callable, sizes: dict, classifies: bool = False
         classes = {"num_classes": num_classes} if classifies else {}
         return create_model(name, **{"in_chans": in_channels, **classes, **kwargs})
 
+    build.arguments = inspect.signature(factory).parameters
     _MODELS[name] = build
     if classifies:
         _CLASSIFIERS.add(name)
@@ -42,6 +44,14 @@ def list_models(pattern: str = "*", classifiers: bool | None = None) -> list[str
     """Registered names that match a shell pattern, sorted: of classifiers, of what is none, or (None) all."""
     names = sorted(fnmatch.filter(_MODELS, pattern))
     return names if classifiers is None else [n for n in names if (n in _CLASSIFIERS) == classifiers]
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether a registered model has an argument; True for names that are not registered."""
+    if name not in _MODELS:
+        return True
+    arguments = _MODELS[name].arguments
+    return argument in arguments or any(a.kind == a.VAR_KEYWORD for a in arguments.values())
 
 
 def create_model(name: str, **kwargs):

@@ -1,11 +1,12 @@
-"""Relative positions in a vision transformer with a class token: what is added to the scores of attention.
+"""Relative positions: what is added to the scores of attention, for a grid with a class token or inside windows.
 
 * `TableBias`: a learned number for each offset and head, BEiT's (Bao et al., ICLR 2022). Its table is one block's own
   or shared by all.
 * `ContextualBias`: a learned vector for each of 50 classes of offsets, which the query is multiplied with, iRPE's
   "contextual product on keys" (Wu et al., ICCV 2021), as LoMaR uses it. It depends on no grid.
 
-Both get the class of each pair of tokens as a constant [N, N], class token first.
+Both get the class of each pair of tokens as a constant [N, N], class token first. `window_bias` is for attention inside
+windows, where a class may also say that two tokens must not see one another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mindspore import Tensor, nn, ops
 
 from localmim.models.layers import parameter
 
+NEVER = -1e4  # added to the scores of what must not attend: exp of it is exactly 0
 _ALPHA, _BETA, _GAMMA = 1.9, 3.8, 15.2  # iRPE's piecewise function at its ratio of 1.9
 _REACH = 3  # the largest value of it
 BUCKETS = (2 * _REACH + 1) ** 2 + 1  # one for each pair of values, one for pairs with the class token
@@ -53,6 +55,14 @@ def buckets(grid: tuple[int, int]) -> np.ndarray:
     row, column = coarse_offset(i[:, None] - i), coarse_offset(j[:, None] - j)
     classes[1:, 1:] = (row + _REACH) * (2 * _REACH + 1) + column + _REACH
     return classes
+
+
+def window_bias(table: Tensor, pairs: Tensor) -> Tensor:
+    """Rows of a table [rows, nh] for pairs [G, S, S] -> [G, nh, S, S]; NEVER for a pair past the last row."""
+    last = table.shape[0] - 1
+    never = (pairs > last).astype(ms.float32) * NEVER  # the same in all blocks: computed once
+    bias = ops.gather(table, ops.minimum(pairs, last), 0).transpose(0, 3, 1, 2)
+    return bias + never.expand_dims(1).broadcast_to(bias.shape)
 
 
 class TableBias(nn.Cell):

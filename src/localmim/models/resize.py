@@ -73,24 +73,20 @@ def fit_to_size(arrays: dict[str, np.ndarray], model, image_size=None) -> Resize
     encoder, fitted, codes, tables = model.encoder, dict(arrays), "", []
     parameters = dict(model.parameters_and_names())
     spread = _spread_shared_table(fitted, parameters)
-    code = arrays.get("encoder.pos_embed")
-    if (
-        code is not None
-        and getattr(encoder, "pos_embed", None) is not None
-        and code.shape[1] != encoder.pos_embed.shape[1]
-    ):
+    known = tuple(s // encoder.patch_size for s in to_pair(image_size)) if image_size else None
+    turned = known is not None and known != getattr(encoder, "grid", known)  # 2x3 and 3x2 have one shape
+    code, own = arrays.get("encoder.pos_embed"), getattr(encoder, "pos_embed", None)
+    if code is not None and own is not None and (turned or code.shape != own.shape):
         count = code.shape[1] - encoder.class_tokens
-        side = math.isqrt(count)
-        before = tuple(s // encoder.patch_size for s in to_pair(image_size)) if image_size else (side, side)
+        before = known or (math.isqrt(count),) * 2
         if before[0] * before[1] != count:
             raise UserError(f"encoder.pos_embed holds {count} patches, which is no {before[0]}x{before[1]} grid")
         fitted["encoder.pos_embed"] = resize_position_code(code, before, encoder.grid)
         codes = f"position codes {before[0]}x{before[1]} -> {encoder.grid[0]}x{encoder.grid[1]}"
     for name, parameter in parameters.items():
         table = fitted.get(name) if name.endswith("relative.table") and parameter.ndim == 2 else None
-        if table is not None and table.shape != parameter.shape:
-            side = (math.isqrt(len(table) - 3) + 1) // 2
-            before = tuple(s // encoder.patch_size for s in to_pair(image_size)) if image_size else (side, side)
+        if table is not None and (turned or table.shape != parameter.shape):
+            before = known or ((math.isqrt(len(table) - 3) + 1) // 2,) * 2
             fitted[name] = resize_offset_table(table, before, encoder.grid)
             tables.append(name)
         table = arrays.get(name) if name.endswith("relative_position_bias_table") else None

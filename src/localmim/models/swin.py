@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
@@ -29,9 +28,8 @@ from localmim.models.layers import (
     to_pair,
     token_parameter,
 )
+from localmim.models.relative import window_bias
 from localmim.models.windows import whole_windows
-
-NEVER = -1e4  # added to the scores of tokens in different windows: exp of it is exactly 0
 
 
 class Stage(NamedTuple):
@@ -74,12 +72,8 @@ class WindowAttention(Attention):
         self.relative_position_bias_table = parameter(Normal(0.02), ((2 * window - 1) ** 2, num_heads))
 
     def bias(self, pairs: Tensor) -> Tensor:
-        """Rows of the table for pairs [G, S, S] -> [G, nh, S, S]; NEVER where tokens do not attend to one another."""
-        table = self.relative_position_bias_table
-        last = table.shape[0] - 1
-        never = (pairs > last).astype(ms.float32) * NEVER  # the same in all blocks: computed once
-        bias = ops.gather(table, ops.minimum(pairs, last), 0).transpose(0, 3, 1, 2)
-        return bias + never.expand_dims(1).broadcast_to(bias.shape)
+        """Rows of the table for pairs [G, S, S] -> [G, nh, S, S], for `attend`."""
+        return window_bias(self.relative_position_bias_table, pairs)
 
     def construct(self, qkv: Tensor, pairs: Tensor, slots: Tensor, place: Tensor) -> Tensor:
         """Projected rows qkv [B, N, 3D] -> [B, N', D] for a place of length N'; index arrays of models/windows.py."""

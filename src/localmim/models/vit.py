@@ -81,6 +81,10 @@ class VisionTransformer(nn.Cell):
         layer_scale: float | None = None,
     ):
         super().__init__()
+        if not isinstance(num_heads, int):
+            raise ValueError(f"num_heads {num_heads} must be one number for a ViT")
+        if depth < 1:
+            raise ValueError(f"depth is {depth}, expected at least 1")
         H, W = to_pair(image_size)
         if min(H, W, patch_size) < 1 or H % patch_size or W % patch_size:
             raise ValueError(f"image_size {H}x{W} is not a multiple of patch_size {patch_size}")

@@ -141,3 +141,16 @@ def pair_rows(codes: np.ndarray, labels: np.ndarray, window: int) -> np.ndarray:
     centre = (window - 1) * 2 * window
     rows = codes[:, :, None] - codes[:, None, :] + np.int32(centre)
     return np.where(labels[:, :, None] == labels[:, None, :], rows, np.int32((2 * window - 1) ** 2))
+
+
+def nested_offsets(r: int, rows_first: bool) -> np.ndarray:
+    """(row, column) of the r x r tokens of a unit, quads of quads: [r*r, 2].
+
+    A quad is (0,0), (1,0), (0,1), (1,1), the official Swin's order of merging, and with `rows_first`
+    (0,0), (0,1), (1,0), (1,1).
+    """
+    quad = np.array([[0, 0], [0, 1], [1, 0], [1, 1]] if rows_first else [[0, 0], [1, 0], [0, 1], [1, 1]])
+    offsets = np.zeros((1, 2), np.int64)
+    while len(offsets) < r * r:
+        offsets = (offsets[:, None] * 2 + quad).reshape(-1, 2)
+    return offsets

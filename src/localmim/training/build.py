@@ -15,7 +15,7 @@ from localmim.mim.tokenizers import Tokenizer, open_tokenizer
 from localmim.models.classifier import Classifier
 from localmim.models.convvit import ConvBlock
 from localmim.models.layers import Block
-from localmim.models.registry import create_model, list_models
+from localmim.models.registry import create_model, list_models, takes
 from localmim.models.swin import SwinBlock
 
 
@@ -40,6 +40,7 @@ def build_classifier(name: str, given: dict, config: Config) -> Classifier:
     given.pop("isolated_gradients")  # of pre-training; its default says nothing
     if config.task == "linear_probe":
         given["probe"] = True
+    check_keys(name, {k: f"model.{k}" for k in given if k != "probe"})
     model = create_model(name, reference_quirks=config.reference_quirks, **given)
     if not isinstance(model, Classifier):
         known = ", ".join(list_models(classifiers=True))
@@ -55,6 +56,8 @@ def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedIma
     if target.feature_dims:
         given["feature_dims"] = target.feature_dims
     mask = {k: v for k, v in dataclasses.asdict(config.mask).items() if v is not None and k != "ratio"}
+    check_keys(name, {k: "target.features" if k == "feature_dims" else f"model.{k}" for k in given})
+    check_keys(name, {k: f"mask.{k}" for k in mask})
     model = create_model(
         name,
         target=target.kind,
@@ -71,6 +74,13 @@ def build_pretraining_model(name: str, given: dict, config: Config) -> MaskedIma
         known = ", ".join(list_models(classifiers=False))
         raise UserError(f"model.name {name} is a classifier, task pretrain needs one of {known}")
     return model
+
+
+def check_keys(name: str, keys: dict[str, str]) -> None:
+    """UserError for the first key of a recipe, given by the argument that it becomes, that a model does not have."""
+    for argument, key in keys.items():
+        if not takes(name, argument):
+            raise UserError(f"{key} is set, but {name} has no such key: leave it out")
 
 
 def recompute_blocks(model: nn.Cell) -> None:

@@ -36,11 +36,14 @@ def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
     if saved.task != "pretrain":
         raise UserError(f"init: {checkpoint.path} is of task {saved.task}, pre-training goes on from pre-training only")
     before = build_model(saved)
-    if merges_rows_first(before) != merges_rows_first(model):
+    if quirks_of(before) != quirks_of(model):
         raise UserError(
             f"init: {checkpoint.path} was trained with reference_quirks {str(saved.reference_quirks).lower()}: "
             "set the same here"
         )
+    if hasattr(model.encoder, "pos_embed") and before.encoder.grid != model.encoder.grid:
+        (h, w), (H, W) = before.encoder.grid, model.encoder.grid
+        raise UserError(f"init: {checkpoint.path} was trained on {h}x{w} patches, this recipe has {H}x{W}")
     lines = compare(before, model)
     return [
         f"weights of {checkpoint.path}, step {checkpoint.step}: {load_weights(model, checkpoint.weights())}",
@@ -51,6 +54,11 @@ def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
 def merges_rows_first(model: nn.Cell) -> bool:
     """Whether the encoder joins patches in the order of LocalMIM's pre-training (docs/quirks.md, Q3)."""
     return getattr(model.encoder, "rows_first", False)
+
+
+def quirks_of(model: MaskedImageModel) -> tuple:
+    """Of the authors' peculiarities those that decide what weights mean: the merging (Q3), the decoder's order (G1)."""
+    return merges_rows_first(model), getattr(model.masking, "func", None)
 
 
 def compare(before: nn.Cell, now: nn.Cell) -> list[str]:
@@ -121,7 +129,7 @@ def set_initial_weights(model: Classifier, config: Config, classes: list[str]) -
 
 
 def draw_fresh(model: Classifier) -> None:
-    """The authors' start from nothing: N(0, 0.02), cut at two deviations, for every matrix."""
+    """The authors' start from nothing: N(0, 0.02), for every matrix."""
     for _, cell in model.cells_and_names():
         if isinstance(cell, Linear):
             shape = cell.weight.shape

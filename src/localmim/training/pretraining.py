@@ -72,7 +72,7 @@ class Pretraining(Task):
         """Images, mask arrays, then what there is of codebook ids, features and factors of stochastic depth."""
         given = () if self.tokenizer is None else self.tokenizer(part.images, part.ids)
         mask = self.masking(epoch, part.ids, draw if self.config.shared_draws else None)
-        drop = (self.factors(epoch, part.ids, getattr(mask, "views", 1)),) if self.drops else ()
+        drop = (self.factors(epoch, part.ids, mask.views),) if self.drops else ()
         return (part.images, *mask.arrays(), *given, *drop)
 
     def factors(self, epoch: int, samples: np.ndarray, views: int) -> np.ndarray:
