@@ -11,7 +11,7 @@ import pytest
 from localmim.config import PUBLISHED, load_config
 from localmim.data.builtin import write_builtin_images
 from localmim.mim.codebook import build as build_codebook
-from localmim.models.registry import list_models
+from localmim.models.registry import arguments_of, list_models
 from localmim.training.build import build_model
 from localmim.training.initial import set_initial_weights
 from localmim.training.loop import train
@@ -65,6 +65,13 @@ def test_its_loss_falls(name, images, tmp_path):
     config = load_config(["--config", str(recipe), *fine])
     lines = set_initial_weights(build_model(config), config, [f"class {i}" for i in range(10)])
     assert "weights loaded" in lines[0]
+
+
+@pytest.mark.parametrize("name", list_models("*_base_patch*_224", classifiers=False))
+def test_defaults_of_recipes_are_those_of_python(name):
+    """What a recipe may leave out is what create_model takes without it."""
+    published, arguments = PUBLISHED[name.partition("_")[0]], arguments_of(name)
+    assert (published.target, published.norm_pix) == tuple(arguments[k].default for k in ("target", "norm_pix"))
 
 
 def test_every_method_is_here():

@@ -77,9 +77,7 @@ def convmae(
     return MaskedImageModel(encoder, [decoder], targets, partial(masking, h * w), error, drop_path)
 
 
-def fastconvmae(**arguments) -> MaskedImageModel:
-    """FastConvMAE: `convmae` and its arguments, with complementary masks."""
-    return convmae(**arguments, masking=ComplementaryMasking)
+fastconvmae = partial(convmae, masking=ComplementaryMasking)  # FastConvMAE differs in its masks alone
 
 
 def fastconvmae_mixture(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from localmim.errors import UserError
 
@@ -46,12 +46,14 @@ def list_models(pattern: str = "*", classifiers: bool | None = None) -> list[str
     return names if classifiers is None else [n for n in names if (n in _CLASSIFIERS) == classifiers]
 
 
+def arguments_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """What a registered model takes."""
+    return _MODELS[name].arguments
+
+
 def takes(name: str, argument: str) -> bool:
     """Whether a registered model has an argument; True for names that are not registered."""
-    if name not in _MODELS:
-        return True
-    arguments = _MODELS[name].arguments
-    return argument in arguments or any(a.kind == a.VAR_KEYWORD for a in arguments.values())
+    return name not in _MODELS or argument in arguments_of(name)
 
 
 def create_model(name: str, **kwargs):

@@ -10,6 +10,7 @@ from localmim.config import Config, config_from_dict
 from localmim.convert.encoder import PRETRAINING_ONLY, reorder_merging
 from localmim.convert.load import load_weights
 from localmim.errors import UserError
+from localmim.mim.greenmim import ShuffledUnitMasking
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.models.layers import Attention, LayerNorm, Linear
@@ -26,8 +27,8 @@ def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
     """Gives `model` all weights of another pre-training, published ones for example; returns what was done, in lines.
 
     Raises:
-        UserError: The file is no checkpoint of pre-training, its model is another one, or its `reference_quirks` differ
-            on a Swin, where they decide what the weights compute.
+        UserError: The file is no checkpoint of pre-training, its model is another one, was trained at another size that
+            its weights follow, or with other `reference_quirks` where they decide what the weights compute.
     """
     if not config.init:
         return []
@@ -41,9 +42,12 @@ def go_on_pretraining(model: MaskedImageModel, config: Config) -> list[str]:
             f"init: {checkpoint.path} was trained with reference_quirks {str(saved.reference_quirks).lower()}: "
             "set the same here"
         )
-    if hasattr(model.encoder, "pos_embed") and before.encoder.grid != model.encoder.grid:
-        (h, w), (H, W) = before.encoder.grid, model.encoder.grid
-        raise UserError(f"init: {checkpoint.path} was trained on {h}x{w} patches, this recipe has {H}x{W}")
+    (h, w), (H, W) = before.encoder.image_size, model.encoder.image_size
+    placed = [n for n, _ in model.parameters_and_names() if n.endswith(("pos_embed", "encoder.relative.table"))]
+    if placed and (h, w) != (H, W):  # turned round, an oblong image has codes of the same shape
+        raise UserError(
+            f"init: {checkpoint.path} was trained at {h}x{w} px, which {placed[0]} follows; this is {H}x{W}"
+        )
     lines = compare(before, model)
     return [
         f"weights of {checkpoint.path}, step {checkpoint.step}: {load_weights(model, checkpoint.weights())}",
@@ -58,7 +62,7 @@ def merges_rows_first(model: nn.Cell) -> bool:
 
 def quirks_of(model: MaskedImageModel) -> tuple:
     """Of the authors' peculiarities those that decide what weights mean: the merging (Q3), the decoder's order (G1)."""
-    return merges_rows_first(model), getattr(model.masking, "func", None)
+    return merges_rows_first(model), getattr(model.masking, "func", None) is ShuffledUnitMasking
 
 
 def compare(before: nn.Cell, now: nn.Cell) -> list[str]:
