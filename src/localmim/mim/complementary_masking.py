@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from localmim.errors import UserError
-from localmim.mim.masking import TokenMask, mask_from_shuffle, num_visible, philox
+from localmim.mim.masking import RandomMasking, TokenMask, mask_from_shuffle
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class ComplementaryMasking:
     by_batch = False
 
     def __init__(self, num_patches: int, ratio: float, seed: int):
-        num_visible(num_patches, ratio)  # its checks
-        self.num_patches, self.seed = num_patches, seed
+        self.random, self.num_patches = RandomMasking(num_patches, ratio, seed), num_patches
         self.views = round(1 / (1 - ratio))
         if abs(self.views * (1 - ratio) - 1) > 1e-6:
             raise UserError(
@@ -75,5 +74,4 @@ class ComplementaryMasking:
 
     def __call__(self, epoch: int, samples: np.ndarray, draw: int | None = None) -> ViewsMask:
         """Masks of a batch; `samples` [B] are positions in the data set. Each image has its own, whatever the draw."""
-        noise = [philox(self.seed, epoch, int(s)).random(self.num_patches) for s in samples]
-        return complementary_masks(np.stack(noise), self.views)
+        return complementary_masks(np.stack([self.random.noise(epoch, int(s)) for s in samples]), self.views)

@@ -149,16 +149,16 @@ def localmim_swin(
     """
     if isinstance(taps, int):
         raise ValueError(f"taps {taps} must be a list for a Swin, one number a stage")
-    last_stage(depths, num_heads, window_size)
-    taps = list(range(len(depths))) if taps is None else taps
+    stages = last_stage(depths, num_heads, window_size) + 1
+    taps = list(range(stages)) if taps is None else taps
     scales, taps = checked([1] * len(taps) if scales is None else scales, taps, list)
     encoder = SwinTransformer(
         image_size,
         patch_size,
         in_chans,
         embed_dim,
-        tuple(depths),
-        tuple(num_heads),
+        depths,
+        num_heads,
         window_size,
         mlp_ratio,
         tuple(taps),

@@ -19,7 +19,7 @@ from localmim.models.convvit import ConvViT, check_sizes
 from localmim.models.layers import LayerNorm, Linear, linear_rates
 from localmim.models.registry import register
 from localmim.models.sizes import CONVVIT, SWIN, VIT
-from localmim.models.swin import SwinTransformer, last_stage
+from localmim.models.swin import SwinTransformer
 from localmim.models.vit import Position, Relative, VisionTransformer
 
 Pool = Literal["mean", "token", "normed_mean"]
@@ -214,14 +214,13 @@ def swin_classifier(
     Raises:
         ValueError: Sizes that do not fit together.
     """
-    last_stage(depths, num_heads, window_size)
     encoder = SwinTransformer(
         image_size,
         patch_size,
         in_chans,
         embed_dim,
-        tuple(depths),
-        tuple(num_heads),
+        depths,
+        num_heads,
         window_size,
         mlp_ratio,
         norm_eps=norm_eps,
