@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 use_environment requirements-dev.txt
+bash scripts/browser.sh --install > /dev/null || echo "the tests of the report page in a browser will be skipped"
 
 ruff check .
 ruff format --check .

@@ -104,7 +104,7 @@ class DataConfig:
     """Where images come from, and how they are cropped and augmented."""
 
     dir: str = ""  # a folder of images or of class folders, a list file, CIFAR binaries, or MindRecord files
-    val_dir: str = ""  # classifiers: labelled images to evaluate on, in the same forms
+    val_dir: str = ""  # labelled images to evaluate on, in the same forms; pretrain: by k-NN, at each report
     format: Literal["auto", "folder", "list", "cifar10", "cifar100", "mindrecord"] = "auto"
     workers: int = 0  # threads that decode and crop, on each device; 0: its share of the cores, at most 8
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, share of the image
@@ -179,6 +179,7 @@ class Config:
     reference_quirks: bool = False  # compute what the authors' code does where it is peculiar, see docs/quirks.md
     max_bad_steps: int = 20  # stop after this many non-finite steps in a row
     log_every: int = 10  # steps
+    report_every: Optional[float] = None  # epochs from one report to the next; 0: only at the end; null: none at all
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -223,6 +224,7 @@ def load_config(argv: list[str]) -> Config:
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             raise UserError(f"unexpected argument {word!r}: expected --config FILE and --key value")
+        name = "--" + name[2:].replace("-", "_")  # --report-every as well as --report_every
         if not equals:
             if not rest:
                 raise UserError(f"{name} has no value: expected {name} VALUE")
@@ -317,6 +319,8 @@ def check_ranges(config: Config) -> None:
             raise UserError(f"{key} is {getattr(config, key)}, expected at least {least}")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
+    if config.report_every is not None and config.report_every < 0:
+        raise UserError(f"report_every is {config.report_every:g}, expected 0 or more epochs, or null")
     if config.wait_limit_s <= 0:
         raise UserError(f"wait_limit_s is {config.wait_limit_s:g}, expected more than 0")
     if config.max_steps is not None and config.max_steps < 1:

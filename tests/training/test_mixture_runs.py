@@ -1,4 +1,4 @@
-"""Runs of a mixture of reconstructors from a recipe: they go on exactly, with the same networks only, and are drawn."""
+"""Runs of a mixture of reconstructors from a recipe: they go on exactly, with the same networks only, and are shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import yaml
 from mindspore import Tensor, nn
 
-from localmim.analysis.reconstruct import reconstruct
+from localmim.analysis.images import picture
+from localmim.analysis.reconstruct import Reconstructor
 from localmim.config import load_config
 from localmim.convert.load import weights_of
 from localmim.errors import UserError
@@ -136,20 +137,20 @@ def test_with_the_same_networks_only(recipe, whole, tmp_path):
         run_of(recipe, whole.run.output, "--target.features", f"[{moved}]")
 
 
-def test_a_picture(whole, tmp_path, monkeypatch):
-    """Pixels are drawn, and the networks are not needed for it."""
+def test_a_reconstruction(whole):
+    """Pixels are reconstructed, and the networks are not needed for it."""
     config, model, _ = restore(str(whole.run.output))
     config.target.features = ["nowhere.mindir"]
-    drawn = []
-    monkeypatch.setattr("localmim.analysis.reconstruct.reconstruction_sheet", lambda *given: drawn.append(given))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        reconstruct(config, model, whole.run.source, 2, tmp_path / "picture.png")
+        (found,) = Reconstructor(config, model)([picture("noise", pixels, model.encoder, config.data)])
     finally:
         ms.set_context(mode=ms.GRAPH_MODE)
-    ((_, _, targets, predictions, names, _),) = drawn
-    assert names == ["all three stages, 16 px cells"]
-    assert len(targets) == len(predictions) == 1 and predictions[0].shape == targets[0].shape == (2, 32, 32, 3)
+    (scale,) = found.scales
+    assert (scale.name, scale.kind) == ("all three stages, 16 px cells", "pixels")
+    assert scale.target.shape == scale.prediction.shape == (32, 32, 3)
+    assert np.isfinite(scale.prediction).mean() == 0.75 == found.mask.mean()
 
 
 @pytest.mark.parametrize(

@@ -1,77 +1,118 @@
-"""Pictures of a run: `python -m localmim.analysis curve --run DIR` and `… reconstruct --ckpt RUN --data_dir DIR`."""
+"""A look into a run: `python -m localmim.analysis curve|reconstruct|attention|nmi|report`.
+
+Each command writes pictures, or a page, and its numbers beside them as .npz or JSON.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from localmim import cli
-from localmim.analysis.pictures import loss_curve
+from localmim.analysis.attention_pictures import attention
+from localmim.analysis.curves import loss_curve
+from localmim.analysis.information import nmi
 from localmim.analysis.reconstruct import reconstruct
+from localmim.analysis.report import write_report
+from localmim.analysis.snapshot import add_missing
 from localmim.config import config_from_dict, read_recipe
-from localmim.data.sources import open_source
 from localmim.device import set_device
 from localmim.errors import UserError
 from localmim.training.build import build_model
-from localmim.training.restore import restore
 from localmim.training.runlog import METRICS
 
+RUN = "a run's folder, a checkpoint or a weights file"
+IMAGES = "images, in any form that data.dir takes"
 
-def draw_curve(run: str, out: str = "") -> Path:
+
+def curve(run: str, out: str = "") -> Path:
     """Loss, its parts and the learning rate of a run, against its steps.
 
     Args:
         run: The run's folder.
         out: PNG file; empty: loss_curve.png in the run's folder.
+
+    Raises:
+        UserError: There is no run, or it has made no step.
     """
     metrics = Path(run) / METRICS
     if not metrics.is_file():
         raise UserError(f"{run} is no run: it holds no {METRICS}")
-    model = build_model(config_from_dict(read_recipe(Path(run) / "config.yaml")))
-    names = model.loss_names()
+    config = config_from_dict(read_recipe(Path(run) / "config.yaml"))
+    names = build_model(config).loss_names() if config.task == "pretrain" else []
     path = loss_curve(metrics, Path(out) if out else Path(run) / "loss_curve.png", names)
     print(f"loss curve: {path}")
     return path
 
 
-def draw_reconstructions(ckpt: str, data_dir: str, count: int = 6, device: str = "auto", out: str = "") -> Path:
-    """Images, masks, targets and what the model makes of the hidden cells, at every scale.
+def report(run: Sequence[str], out: str = "", device: str = "auto") -> Path:
+    """One page about a run, or about several side by side. A run without any snapshot gets one of its newest weights.
 
     Args:
-        ckpt: A run's folder, one of its checkpoints, or a weights file.
-        data_dir: Images; `count` of them, evenly spread, are drawn.
-        count: Rows of the picture.
-        device: auto, CPU, GPU or Ascend.
-        out: PNG file; empty: reconstructions.png in the folder of `ckpt`.
+        run: The runs' folders.
+        out: HTML file, beside which its numbers are written as JSON; empty: report.html in the run's folder, or
+            comparison.html in that of the first.
+        device: For a snapshot: auto, CPU, GPU or Ascend.
+
+    Raises:
+        UserError: There is no run, it has made no step, or the disk does not take the files.
     """
     set_device(device)
-    config, model, _ = restore(ckpt)
-    source = open_source(data_dir, "auto", model.encoder.in_chans)
-    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
-    path = reconstruct(config, model, source, count, Path(out) if out else folder / "reconstructions.png")
-    print(f"reconstructions: {path}")
+    for folder in run:
+        if line := add_missing(Path(folder)):
+            print(line)
+    path = write_report(run, out)
+    print(f"report: {path}, numbers: {path.with_suffix('.json')}")
     return path
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser, add = cli.commands("python -m localmim.analysis", "Pictures of a run.")
+    parser, add = cli.commands("python -m localmim.analysis", "A look into a run.")
+    functions = {"curve": curve, "reconstruct": reconstruct, "attention": attention, "nmi": nmi, "report": report}
+
     command = add("curve", "loss, its parts and the learning rate against steps")
     command.add_argument("--run", metavar="DIR", type=str, required=True, help="a run's folder")
     command.add_argument("--out", metavar="FILE", type=str, default="", help="PNG file; else loss_curve.png in the run")
-    command = add("reconstruct", "images, masks, targets and reconstructions at every scale")
-    command.add_argument("--ckpt", metavar="RUN", type=str, required=True, help="a run, a checkpoint or a weights file")
-    command.add_argument(
-        "--data-dir", metavar="DIR", type=str, required=True, help="images, in any form that data.dir takes"
-    )
-    command.add_argument("--count", metavar="N", type=int, default=6, help="images to draw, spread evenly over the set")
+
+    command = add("reconstruct", "input, mask, prediction and pasted result at every scale")
+    command.add_argument("images", metavar="IMAGE", type=str, nargs="+", help="image files, or folders of images")
+    command.add_argument("--ckpt", metavar="RUN", type=str, required=True, help=RUN)
+    command.add_argument("--count", metavar="N", type=int, default=6, help="images of a folder, evenly spread")
     command.add_argument("--device", type=str, default="auto", help="auto, CPU, GPU or Ascend")
     command.add_argument(
         "--out", metavar="FILE", type=str, default="", help="PNG file; else reconstructions.png beside RUN"
     )
+
+    command = add("attention", "where chosen points of an image attend to, and the mean distance of attention")
+    command.add_argument("image", metavar="IMAGE", type=str, help="an image file")
+    command.add_argument("--ckpt", metavar="RUN", type=str, required=True, help=RUN)
+    command.add_argument(
+        "--query", metavar="X,Y", type=str, action="append", required=True, help="a point, pixels from the top left"
+    )
+    command.add_argument("--layers", metavar="N,N", type=str, default="", help="blocks from 1, or all; else three")
+    command.add_argument("--device", type=str, default="auto", help="auto, CPU, GPU or Ascend")
+    command.add_argument("--out", metavar="FILE", type=str, default="", help="PNG file; else attention.png beside RUN")
+
+    command = add("nmi", "mutual information of query and key patches at each layer")
+    command.add_argument(
+        "--ckpt", metavar="RUN", type=str, nargs="+", required=True, help=RUN + "; several in one plot"
+    )
+    command.add_argument("--data-dir", metavar="DIR", type=str, required=True, help=IMAGES)
+    command.add_argument("--count", metavar="N", type=int, default=64, help="images, evenly spread over the set")
+    command.add_argument("--untrained", type=bool, default=False, help="true: the first with fresh weights as well")
+    command.add_argument("--batch-size", metavar="N", type=int, default=8, help="images a forward pass")
+    command.add_argument("--device", type=str, default="auto", help="auto, CPU, GPU or Ascend")
+    command.add_argument("--out", metavar="FILE", type=str, default="", help="PNG file; else nmi.png beside the first")
+
+    command = add("report", "one page about a run, or about several side by side")
+    command.add_argument("--run", metavar="DIR", type=str, nargs="+", required=True, help="folders of runs")
+    command.add_argument("--device", type=str, default="auto", help="auto, CPU, GPU or Ascend")
+    command.add_argument("--out", metavar="FILE", type=str, default="", help="HTML file; else report.html in the run")
+
     arguments = cli.parse(parser, argv)
-    call = {"curve": draw_curve, "reconstruct": draw_reconstructions}[arguments.command]
-    call(**arguments[arguments.command].as_dict())
+    functions[arguments.command](**arguments[arguments.command].as_dict())
 
 
 if __name__ == "__main__":

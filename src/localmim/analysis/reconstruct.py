@@ -1,101 +1,218 @@
-"""What a checkpoint reconstructs: targets and predictions of a few images at every scale, as a picture."""
+"""What a model reconstructs of images: for each scale the target and the prediction, as numbers on the grid of cells.
+
+An image is seen under one mask, that of epoch 0. Predictions stand where the mask hides something and nowhere else,
+since no loss reads the others. Where a method looks at an image in several views, the first view that hides a patch
+says what is predicted for it: FastConvMAE's mask is that of its first view, LoMaR's what any of its windows hides.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from localmim.analysis.pictures import reconstruction_sheet
+from localmim.analysis.images import Picture, load_pictures
+from localmim.analysis.sheet import Reconstruction, Scale, draw
 from localmim.config import Config
-from localmim.data.pipeline import eval_batches, resolve_mean_std
-from localmim.data.sources import Source
+from localmim.data.pipeline import resolve_mean_std
+from localmim.device import set_device
 from localmim.errors import UserError
+from localmim.files import save_arrays
 from localmim.mim.cells import rows_to_grid
+from localmim.mim.masking import Mask
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.reconstructors import MixtureModel
 from localmim.mim.tokenizers import StoredIds
+from localmim.mim.window_masking import WindowMask
+from localmim.models.classifier import Classifier
 from localmim.training.build import build_masking, build_tokenizer
+from localmim.training.restore import restore
+
+BATCH = 8  # images a forward pass at most
+MOST = 32  # images a picture holds
 
 
 class _Outputs(nn.Cell):
-    def __init__(self, model: MaskedImageModel):
-        super().__init__()
-        self.model = model
+    """Predictions as rows and targets as grids of the first scales, in float32."""
 
-    def construct(self, images, *arrays):
-        return self.model.predict(images, *arrays), self.model.targets(images, *arrays)
+    def __init__(self, model: MaskedImageModel, target: nn.Cell, scales: int):
+        super().__init__(auto_prefix=False)  # the model's parameters keep their names
+        self.model, self.target, self.scales = model, target, scales
+
+    def construct(self, images: Tensor, *arrays: Tensor):
+        rows = self.model.predict(images, *arrays)
+        grids = self.target(images, *arrays[self.model.encoder.mask_inputs :])
+        predictions, targets = [], []
+        for k in range(self.scales):
+            predictions.append(rows[k].astype(ms.float32))
+            targets.append(grids[k])
+        return predictions, targets
 
 
-def reconstruct(config: Config, model: MaskedImageModel, source: Source, count: int, path: Path) -> Path:
-    """Draws `count` images, spread evenly over `source`, with the masks that they have in epoch 0.
+class Reconstructor:
+    """Reconstructs images with a model as it is, which may be in training: nothing of it or of its run is changed.
 
-    HOG is drawn as glyphs, pixels as they are, codebook ids each in a colour of its own. Features of networks are not
-    drawn, so of a mixture of reconstructors there is the target that is made of the images alone.
+    Of a mixture of reconstructors there is the target that is made of the images alone, pixels or HOG.
+
+    Args:
+        config: The model's recipe.
+        model: Of pre-training.
 
     Raises:
-        UserError: The images have a channel count that cannot be drawn, or the run's codebook cannot be opened.
+        UserError: The model has no decoders, or its codebook cannot be opened or is of its own images alone.
     """
-    encoder = model.encoder
-    if encoder.in_chans not in (1, 3):
-        raise UserError(f"only images of 1 or 3 channels can be drawn, and this model takes {encoder.in_chans}")
-    mixture = isinstance(model, MixtureModel)
-    tokenizer = None if mixture else build_tokenizer(config, model)
-    if isinstance(tokenizer, StoredIds):
-        raise UserError("the codebook ids of this run are stored for its own images: others have none to compare with")
-    images = _some_images(config, encoder, source, count)
-    samples = np.arange(len(images))
-    mask = build_masking(config, model)(0, samples)
-    ids = () if tokenizer is None else tokenizer(images, samples)
-    network = _Outputs(model)
-    network.set_train(False)
-    predictions, targets = network(Tensor(images, ms.float32), *map(Tensor, (*mask.arrays(), *ids)))
-    h, w = encoder.mask_grid
-    scales = 1 if mixture else len(predictions)
-    kind = model.target.own if mixture else model.target
-    drawn_targets, drawn_predictions = [], []
-    for k, (cell, decoder) in enumerate(zip(model.cell_sides()[:scales], model.decoders)):
-        target, prediction = targets[k].asnumpy(), predictions[k].asnumpy().astype(np.float32)
-        rows, ids = prediction.reshape(len(images), -1, prediction.shape[-1]), mask.tap(k).ids_mask
-        grid = rows_to_grid(rows, decoder.scale, ids.reshape(len(images), -1), decoder.grid)
-        if len(ids) > len(images):  # several views of an image: what one of them sees, another may predict
-            grid[mask.mask().reshape(grid.shape[:3]) == 0] = np.nan
-        if config.target.kind == "hog":
-            drawn_targets.append(kind.histograms(target))
-            drawn_predictions.append(kind.histograms(grid))
-        elif config.target.kind == "codebook":
-            drawn_targets.append(_palette(target[..., 0], cell))
-            drawn_predictions.append(_palette(np.nan_to_num(grid).argmax(axis=-1), cell))
+
+    def __init__(self, config: Config, model: MaskedImageModel):
+        if isinstance(model, Classifier):
+            what = "an encoder alone" if config.model.num_classes == 0 else f"a classifier (task {config.task})"
+            raise UserError(f"{what} has no decoder to reconstruct with: expected a pre-training run")
+        mixture = isinstance(model, MixtureModel)
+        self.config, self.model = config, model
+        self.masking = build_masking(config, model)
+        self.target = model.target.own if mixture else model.target
+        self.tokenizer = None if mixture else build_tokenizer(config, model)
+        if isinstance(self.tokenizer, StoredIds):
+            raise UserError(
+                f"target.codebook: the ids in {self.tokenizer.file} are stored for the run's own images: "
+                "there are none to compare other images with"
+            )
+        scales = 1 if mixture else len(model.decoders)
+        self.names = model.loss_names()[:scales]
+        self.network = _Outputs(model, self.target, scales)
+
+    def __call__(self, pictures: Sequence[Picture]) -> list[Reconstruction]:
+        """Reconstructions of images, which have the masks of the first samples of epoch 0.
+
+        The graph is compiled once for each number of images up to 8; more are taken 8 at a time.
+        """
+        batch, found = min(len(pictures), BATCH), []
+        for first in range(0, len(pictures), batch or 1):
+            part = list(pictures[first : first + batch])
+            filled = part + part[-1:] * (batch - len(part))
+            found += self._batch(filled, np.arange(first, first + batch))[: len(part)]
+        return found
+
+    def _batch(self, pictures: list[Picture], samples: np.ndarray) -> list[Reconstruction]:
+        images = np.stack([picture.inputs for picture in pictures])  # [B, C, H, W]
+        mask = self.masking(0, samples)
+        ids = () if self.tokenizer is None else self.tokenizer(images, samples)
+        predictions, targets = self._run(images, *mask.arrays(), *ids)
+        hidden = _hidden(mask, self.model.encoder.mask_grid)  # [B, h, w]
+        scales = []  # for each scale a Scale an image
+        for k, name in enumerate(self.names):
+            grid = self._grid(k, predictions[k], mask, hidden)  # [B, hs, ws, D]
+            values = self._values(targets[k], images), self._values(grid, images)
+            normalised = self.config.target.kind == "pixels" and self.target.normalise
+            scales.append([Scale(name, self.config.target.kind, t, p, normalised) for t, p in zip(*values)])
+        return [Reconstruction(p.name, p.pixels, m, list(s)) for p, m, *s in zip(pictures, hidden, *scales)]
+
+    def _run(self, *inputs: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Predictions and targets; the model is evaluated, and then what it was before."""
+        training = self.model.training
+        self.network.set_train(False)
+        try:
+            outputs = self.network(*(Tensor(array) for array in inputs))
+        finally:
+            self.model.set_train(training)
+        return tuple([x.asnumpy() for x in part] for part in outputs)
+
+    def _grid(self, k: int, rows: np.ndarray, mask: Mask, hidden: np.ndarray) -> np.ndarray:
+        """Predicted rows on the grid of cells [B, hs, ws, D], NaN where nothing is hidden."""
+        decoder, B = self.model.decoders[k], len(hidden)
+        ids = mask.tap(k).ids_mask
+        V = len(ids) // B  # views an image, side by side; turned around, as the last row of a patch counts below
+        rows = rows.reshape(B, V, -1, rows.shape[-1])[:, ::-1].reshape(B, -1, rows.shape[-1])
+        ids = ids.reshape(B, V, -1)[:, ::-1].reshape(B, -1)
+        grid = rows_to_grid(rows, decoder.scale, ids, decoder.grid)
+        grid[~(hidden_share(hidden, grid.shape[1:3]) > 0)] = np.nan
+        return grid
+
+    def _values(self, grid: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Targets or predictions [B, hs, ws, D] as Scale has them, an image each."""
+        kind = self.config.target.kind
+        if kind == "hog":
+            return self.target.histograms(grid)
+        if kind == "pixels":
+            mean, std = resolve_mean_std(self.config.data, images.shape[1])
+            return (self.target.images(grid, images).transpose(0, 2, 3, 1) * std + mean).astype(np.float32)
+        ids = grid[..., 0] if grid.shape[-1] == 1 else grid.argmax(axis=-1)  # ids, or a score for each
+        return np.where(np.isnan(grid[..., 0]), np.nan, ids).astype(np.float32)
+
+
+def _hidden(mask: Mask, grid: tuple[int, int]) -> np.ndarray:
+    """What Reconstruction has for a mask, [B, h, w]."""
+    hidden = mask.mask()
+    if isinstance(mask, WindowMask):
+        seen = np.zeros(hidden.shape, bool)
+        np.put_along_axis(seen, mask.ids.astype(np.int64), True, axis=1)
+        hidden = np.where(seen, hidden, np.nan)
+    return hidden.reshape(-1, *grid)
+
+
+def hidden_share(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Hidden share of each cell of a finer or coarser grid: [B, h, w] -> [B, hs, ws], by repetition or by mean."""
+    for axis, cells in zip((1, 2), grid):
+        have = mask.shape[axis]
+        if cells % have == 0:
+            mask = mask.repeat(cells // have, axis)
         else:
-            drawn_targets.append(to_uint8(images, config, encoder.in_chans))
-            pixels = kind.images(grid, images)
-            drawn = to_uint8(np.where(np.isnan(pixels), images, pixels), config, encoder.in_chans)
-            drawn_predictions.append(drawn)
-    masks = mask.mask().reshape(-1, h, w)
-    shown = to_uint8(images, config, encoder.in_chans)
-    return reconstruction_sheet(shown, masks, drawn_targets, drawn_predictions, model.loss_names()[:scales], path)
+            mask = mask.reshape(*mask.shape[:axis], cells, have // cells, *mask.shape[axis + 1 :]).mean(axis + 1)
+    return mask
 
 
-def _some_images(config: Config, encoder: nn.Cell, source: Source, count: int) -> np.ndarray:
-    """float32 [count, C, H, W], normalised, spread evenly over the source."""
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
-    batches = eval_batches(source, config.data, encoder.image_size, encoder.in_chans, len(chosen), chosen)
-    return next(iter(batches)).images
+def reconstruct(ckpt: str, images: Sequence[str], count: int = 6, out: str = "", device: str = "auto") -> Path:
+    """What a checkpoint makes of images: a picture, and its numbers beside it as .npz (see `arrays_of`).
+
+    Args:
+        ckpt: A run's folder, one of its checkpoints, or a weights file.
+        images: Image files, and what else `data.dir` takes, of which `count` images are taken; 32 at most.
+        count: Images of a folder or a pack, evenly spread.
+        out: PNG file; empty: reconstructions.png in the folder of `ckpt`.
+        device: auto, CPU, GPU or Ascend.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        UserError: The checkpoint has no decoders, an image cannot be read, or the disk does not take the files.
+    """
+    path = Path(out) if out else (Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent) / "reconstructions.png"
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out is {out}, expected a file that ends in .png")
+    set_device(device)
+    config, model, _ = restore(ckpt)
+    try:
+        reconstructor = Reconstructor(config, model)
+    except UserError as error:
+        raise UserError(f"{ckpt}: {error}") from None
+    pictures = load_pictures(images, model.encoder, config.data, count)
+    if len(pictures) > MOST:
+        raise UserError(f"{len(pictures)} images are more than the {MOST} that a picture holds: name fewer")
+    found = reconstructor(pictures)
+    draw(found, path)
+    numbers = path.with_suffix(".npz")
+    save_arrays(numbers, arrays_of(found))
+    print(f"reconstructions of {len(found)} images: {path}, numbers: {numbers}")
+    return path
 
 
-def to_uint8(images: np.ndarray, config: Config, in_chans: int) -> np.ndarray:
-    """Normalised [B, C, H, W] to pixels uint8 [B, H, W, 3]."""
-    mean, std = resolve_mean_std(config.data, in_chans)
-    pixels = images.transpose(0, 2, 3, 1) * std + mean
-    pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
-    return pixels if in_chans == 3 else np.repeat(pixels, 3, axis=-1)
+def arrays_of(found: Sequence[Reconstruction]) -> dict[str, np.ndarray]:
+    """Reconstructions of n images by one model as arrays.
 
-
-def _palette(ids: np.ndarray, cell: int) -> np.ndarray:
-    """Codebook ids [B, hs, ws] as colours, the same for the same id: uint8 [B, H, W, 3]."""
-    hues = np.stack([ids * 0.618034 % 1 * 180, np.full(ids.shape, 160), 140 + ids % 4 * 35], axis=-1).astype(np.uint8)
-    colours = np.stack([cv2.cvtColor(image, cv2.COLOR_HSV2RGB) for image in hues])
-    return colours.repeat(cell, axis=1).repeat(cell, axis=2)
+    Returns:
+        names [n], mask [n, h, w], scales (names) and kind [scales], and for scale k, from 1, target_k and prediction_k
+        [n, ...]. What they hold: `Reconstruction` and `Scale`.
+    """
+    arrays = {
+        "names": np.array([one.name for one in found]),
+        "mask": np.stack([one.mask for one in found]),
+        "scales": np.array([scale.name for scale in found[0].scales]),
+        "kind": np.array([scale.kind for scale in found[0].scales]),
+    }
+    for k in range(len(found[0].scales)):
+        arrays[f"target_{k + 1}"] = np.stack([one.scales[k].target for one in found])
+        arrays[f"prediction_{k + 1}"] = np.stack([one.scales[k].prediction for one in found])
+    return arrays

@@ -154,6 +154,11 @@ class Source(ABC):
         return self[int(stored)]
 
 
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` numbers below `total`, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+
+
 def numbered(rows: ds.Dataset, order: np.ndarray) -> ds.Dataset:
     """`rows` with a column `sample` besides: its values are `order`."""
     return ds.zip((rows, ds.NumpySlicesDataset({"sample": order}, shuffle=False)))

@@ -19,8 +19,8 @@ from localmim import cli
 from localmim.data.sources import open_source
 from localmim.device import set_device
 from localmim.errors import UserError
-from localmim.evaluation.features import extract_features
-from localmim.evaluation.neighbours import neighbours
+from localmim.evaluation.features import extract_features, pooled
+from localmim.evaluation.neighbours import neighbours, open_pair
 from localmim.training.restore import restore, untrained_model
 
 
@@ -47,9 +47,11 @@ def knn(
     set_device(device)
     folders = [str(Path(data_dir) / part) for part in ("train", "val")]
     config, trained, step = restore(ckpt)
+    pair = open_pair(*folders, trained.encoder.in_chans)
     result = {"step": step}
     for name, model in (("untrained", untrained_model(config)), ("trained", trained)):
-        result[name] = neighbours(model, *folders, config.data, k=k, temperature=temperature, pool=pool, label=name)
+        network = pooled(model.encoder, pool)
+        result[name] = neighbours(network, *pair, config.data, k=k, temperature=temperature, label=name)
     print(
         f"weighted {k}-NN on {result['trained']['n_test']} images, top-1: {result['trained']['top1']:.1f} % after "
         f"{result['step']} steps of training, {result['untrained']['top1']:.1f} % with the same network untrained"
@@ -73,7 +75,7 @@ def features(
     set_device(device)
     config, model, _ = restore(ckpt)
     source = open_source(data_dir, "auto", model.encoder.in_chans)
-    values, labels, samples = extract_features(model.encoder, source, config.data, batch_size, pool)
+    values, labels, samples = extract_features(pooled(model.encoder, pool), source, config.data, batch_size)
     names = np.asarray([source.name(int(i)) for i in samples])
     aside = path.with_name(f".{path.name}")
     try:

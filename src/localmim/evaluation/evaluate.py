@@ -15,7 +15,8 @@ from localmim.device import set_device
 from localmim.distributed import Ranks, join
 from localmim.errors import UserError
 from localmim.evaluation.accuracy import accuracy, class_numbers
-from localmim.evaluation.neighbours import neighbours
+from localmim.evaluation.features import pooled
+from localmim.evaluation.neighbours import neighbours, open_pair
 from localmim.files import replace_text
 from localmim.models.resize import fit_to_size
 from localmim.training.build import build_model
@@ -111,7 +112,8 @@ def neighbours_of(
             "a model without classes is evaluated by k-NN: give --data-dir with class folders in train/ and val/"
         )
     model = model_of(checkpoint, recipe, average)
-    return {**neighbours(model, *folders, recipe.data, format, batch_size=batch_size), "average": average}
+    pair = open_pair(*folders, model.encoder.in_chans, format)
+    return {**neighbours(pooled(model.encoder), *pair, recipe.data, batch_size=batch_size), "average": average}
 
 
 def beside(path: Path, which: str) -> Path:

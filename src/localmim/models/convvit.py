@@ -22,6 +22,7 @@ from mindspore.common.initializer import Uniform, initializer
 
 from localmim.models.depthwise import DepthwiseConv, Halos, neighbour_table, neighbours
 from localmim.models.layers import (
+    Attended,
     Block,
     Gelu,
     LayerNorm,
@@ -258,6 +259,7 @@ class ConvViT(nn.Cell):
         if any(not 0 <= i < self.depths[2] for i in global_blocks):
             raise ValueError(f"global_blocks {list(global_blocks)} must lie between 0 and {self.depths[2] - 1}")
         self.windowed = [i not in global_blocks for i in range(self.depths[2])]
+        self.window_size = window
         pairs, slots, place = grid_windows(self.grid, window)
         self.window_pairs, self.slots, self.place = Tensor(pairs), Tensor(slots), Tensor(place)
         self.global_pairs = Tensor(offset_classes(self.grid)[None, 1:, 1:].copy())
@@ -295,6 +297,22 @@ class ConvViT(nn.Cell):
                 their own from here on; none: all patches are visible, row-major.
             drop: [depth, 2, B] or [depth, 2, B*V], factors of stochastic depth (training/drop_path.py).
         """
+        outputs = self.convolved(images, mask, drop)
+        count = len(outputs)
+        x = self.embed_third(outputs[-1], mask)
+        local, whole = self.biases()
+        for i in range(self.depths[2]):
+            factors = None if drop is None else drop[count]
+            if self.windowed is not None and self.windowed[i]:
+                x = self.attend_in_windows(self.blocks3[i], x, local, factors)
+            else:
+                x = self.blocks3[i](x, 0, factors, whole)
+            outputs.append(x)
+            count += 1
+        return outputs
+
+    def convolved(self, images: Tensor, mask: tuple[Tensor, ...], drop: Tensor | None) -> list[Tensor]:
+        """The outputs of the blocks of stages 1 and 2, as in `block_outputs`."""
         near = neighbours(self.near, *mask)
         outputs, count = [], 0
         x = self.embed(images, *mask)
@@ -309,18 +327,12 @@ class ConvViT(nn.Cell):
             x = self.blocks2[i](x, rows, held, None if drop is None else drop[count])
             outputs.append(x)
             count += 1
-        codes = self.pos_embed[0]  # [L, D]
-        x = self.patch_embed4(self.patch_embed3(x)) + (ops.gather(codes, mask[0], 0) if mask else codes)
-        local, whole = self.biases()
-        for i in range(self.depths[2]):
-            factors = None if drop is None else drop[count]
-            if self.windowed is not None and self.windowed[i]:
-                x = self.attend_in_windows(self.blocks3[i], x, local, factors)
-            else:
-                x = self.blocks3[i](x, 0, factors, whole)
-            outputs.append(x)
-            count += 1
         return outputs
+
+    def embed_third(self, x: Tensor, mask: tuple[Tensor, ...]) -> Tensor:
+        """Rows of stage 2 [B, K*4, C2] -> tokens of stage 3 with position code [B, K, D]."""
+        codes = self.pos_embed[0]  # [L, D]
+        return self.patch_embed4(self.patch_embed3(x)) + (ops.gather(codes, mask[0], 0) if mask else codes)
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """Of windows and of the whole grid, as far as any block has them."""
@@ -335,11 +347,45 @@ class ConvViT(nn.Cell):
     def attend_in_windows(self, block: Block, x: Tensor, bias: Tensor, drop: Tensor | None) -> Tensor:
         """A block of stage 3 whose attention runs inside windows: [B, L, D] -> [B, L, D]."""
         D = x.shape[2]
-        S = bias.shape[2]
-        qkv = ops.gather(block.project(x), self.slots, 1).reshape(-1, S, 3 * D)  # [B*G, S, 3D]
+        qkv = self.project_windows(block, x, bias.shape[2])
         y = block.attn.attend(qkv, 0, bias).reshape(-1, self.slots.shape[0], D)  # [B, G*S, D]
         x = x + drop_path(block.attn.proj(ops.gather(y, self.place, 1)), drop, 0)
         return x + drop_path(block.mlp(block.norm2(x)), drop, 1)
+
+    def project_windows(self, block: Block, x: Tensor, S: int) -> Tensor:
+        """Normed queries, keys and values window by window: [B, L, D] -> [B*G, S, 3D]."""
+        return ops.gather(block.project(x), self.slots, 1).reshape(-1, S, 3 * x.shape[2])
+
+    def attention(self, images: Tensor) -> list[Tensor]:
+        """Whole images: what the queries of each block of stage 3 attend to, float32 [B, G, nh, S, S], G windows."""
+        outputs = self.block_outputs(images)
+        local, whole = self.biases()
+        below = self.depths[0] + self.depths[1]
+        x = self.embed_third(outputs[below - 1], ())
+        weights = []
+        for i in range(self.depths[2]):
+            block = self.blocks3[i]
+            if self.windowed is not None and self.windowed[i]:
+                G, nh, S = local.shape[0], local.shape[1], local.shape[2]
+                inside = block.attn.weights(self.project_windows(block, x, S), local)  # [B*G, nh, S, S]
+                weights.append(inside.reshape(-1, G, nh, S, S))
+            else:
+                weights.append(block.attn.weights(block.project(x), whole).expand_dims(1))
+            x = outputs[below + i]
+        return weights
+
+    def attended(self) -> list[Attended]:
+        """What the rows and columns of `attention` stand for; blocks of stages 1 and 2 have no attention."""
+        attended = []
+        for i in range(self.depths[2]):
+            name = f"stage 3, block {i + 1}"
+            if self.windowed is not None and self.windowed[i]:
+                pairs, slots, _ = whole_windows(self.grid, self.window_size, 0)
+                tokens = np.where(slots == self.grid[0] * self.grid[1], np.int32(-1), slots).reshape(pairs.shape[:2])
+                attended.append(Attended(name, self.grid, tokens, np.zeros_like(tokens)))
+            else:
+                attended.append(Attended.at_once(name, self.grid, self.class_tokens))
+        return attended
 
     def stages(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The last of each stage's block outputs."""

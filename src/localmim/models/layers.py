@@ -13,6 +13,7 @@ Precision: matrix products run in `compute_dtype`; LayerNorm, softmax and the re
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -196,6 +197,28 @@ class Mlp(nn.Cell):
         return self.fc2(self.act(self.fc1(x)), scale)
 
 
+class Attended(NamedTuple):
+    """What the rows and columns of a block's attention stand for when an encoder sees whole images.
+
+    Attributes:
+        name: The block in words.
+        grid: (h, w) in patches.
+        tokens: int32 [G, S], the row-major patch in each slot of a group; -1: a class token, or what fills a grid up.
+        windows: int32 [G, S]; slots of a group attend to one another only where these are equal.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    tokens: np.ndarray
+    windows: np.ndarray
+
+    @classmethod
+    def at_once(cls, name: str, grid: tuple[int, int], class_tokens: int) -> Attended:
+        """All tokens in one group, those of the class first."""
+        patches = np.arange(-class_tokens, grid[0] * grid[1], dtype=np.int32)[None]
+        return cls(name, grid, np.maximum(patches, -1), np.zeros_like(patches))
+
+
 class Attention(nn.Cell):
     """Multi-head attention; the caller applies the fused projection `qkv` (q, then k, then v along its rows).
 
@@ -227,12 +250,32 @@ class Attention(nn.Cell):
             relation: [G, nh, N - skip, N], added to the scores; B is a multiple of G, whose biases follow each other.
                 With `relative` it is what that takes: the class of each pair of rows, int32 [N, N].
         """
+        B, Q, D = qkv.shape[0], qkv.shape[1] - skip, qkv.shape[2] // 3
+        q, k, v = self.heads(qkv, skip)
+        weights = self.weigh(q, k, skip, relation).astype(v.dtype)
+        return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)
+
+    def weights(self, qkv: Tensor, relation: Tensor | None = None) -> Tensor:
+        """What `attend` mixes values by: the weight of each key for each query, float32 [B, nh, N, N], rows sum to 1.
+
+        Args:
+            qkv, relation: As in `attend`.
+        """
+        q, k, _ = self.heads(qkv, 0)
+        return self.weigh(q, k, 0, relation)
+
+    def heads(self, qkv: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3D] -> queries [B, nh, N - skip, hd], keys and values [B, nh, N, hd]."""
         B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         Q, nh = N - skip, self.num_heads
         q, k, v = ops.split(qkv, D, 2)
         q = without_first(q, skip).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
         k = k.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
         v = v.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
+        return q, k, v
+
+    def weigh(self, q: Tensor, k: Tensor, skip: int, relation: Tensor | None) -> Tensor:
+        """Queries [B, nh, Q, hd] and keys [B, nh, N, hd] -> softmax of their scores, float32 [B, nh, Q, N]."""
         bias = relation if self.relative is None else self.relative(q, relation, skip)
         scores = self.scores(q * self.scale, k).astype(ms.float32)  # [B, nh, Q, N]
         if self.bias_of_query:
@@ -241,8 +284,7 @@ class Attention(nn.Cell):
             wide = scores.reshape(-1, *bias.shape)
             bias = bias.broadcast_to(wide.shape) if self.widen_bias else bias
             scores = (wide + bias).reshape(scores.shape)
-        weights = self.softmax(scores).astype(v.dtype)
-        return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)
+        return self.softmax(scores)
 
     def construct(
         self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None, scale: Tensor | None = None

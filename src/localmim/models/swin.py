@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from localmim.models.layers import (
+    Attended,
     Attention,
     LayerNorm,
     Linear,
@@ -85,6 +87,12 @@ class WindowAttention(Attention):
         x = self.attend(qkv, 0, self.bias(pairs)).reshape(B, G * S, D)
         return self.proj(ops.gather(x, place, 1))
 
+    def weights_in_windows(self, qkv: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
+        """Projected rows qkv [B, N, 3D] -> weights of attention, float32 [B, G, nh, S, S]; arrays as in `construct`."""
+        G, S = pairs.shape[0], pairs.shape[1]
+        weights = self.weights(ops.gather(qkv, slots, 1).reshape(-1, S, qkv.shape[2]), self.bias(pairs))
+        return weights.reshape(-1, G, self.num_heads, S, S)
+
 
 class SwinBlock(nn.Cell):
     """x + Attn(LN(x)), then x + MLP(LN(x)), attention inside windows."""
@@ -96,6 +104,15 @@ class SwinBlock(nn.Cell):
         self.norm2 = LayerNorm(dim, eps[1])
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
+    def project(self, x: Tensor, fill: bool) -> Tensor:
+        """Normed queries, keys and values: [B, N, D] -> [B, N, 3D], one row more with `fill`, as in `construct`."""
+        qkv = self.attn.qkv(self.norm1(x))  # [B, N, 3D]
+        if fill:
+            row = self.attn.qkv.bias.astype(qkv.dtype).reshape(1, 1, -1)
+            ones = ops.ones_like(ops.stop_gradient(qkv[:, :1]))  # broadcast_to an open batch size has no form in ONNX
+            qkv = ops.concat((qkv, ones * row), 1)
+        return qkv
+
     def construct(
         self, x: Tensor, pairs: Tensor, slots: Tensor, place: Tensor, fill: bool = False, drop=None
     ) -> Tensor:
@@ -105,11 +122,7 @@ class SwinBlock(nn.Cell):
             fill: Slots may name token N, which fills up a grid: zero after the norm, so its q, k, v are their bias.
             drop: [2, B], what each sample's attention and MLP are multiplied with.
         """
-        qkv = self.attn.qkv(self.norm1(x))  # [B, N, 3D]
-        if fill:
-            row = self.attn.qkv.bias.astype(qkv.dtype).reshape(1, 1, -1)
-            ones = ops.ones_like(ops.stop_gradient(qkv[:, :1]))  # broadcast_to an open batch size has no form in ONNX
-            qkv = ops.concat((qkv, ones * row), 1)
+        qkv = self.project(x, fill)
         x = x + drop_path(self.attn(qkv, pairs, slots, place), drop, 0)
         return x + drop_path(self.mlp(self.norm2(x)), drop, 1)
 
@@ -157,11 +170,34 @@ class SwinStage(nn.Cell):
         Args:
             drop: [blocks, 2, B], factors of stochastic depth.
         """
+        return self.block_outputs(x, windows, fill, drop)[-1]
+
+    def block_outputs(self, x: Tensor, windows: tuple[Tensor, ...], fill: bool = False, drop=None) -> list[Tensor]:
+        """As `construct`, the output of every block."""
+        outputs = []
         for j in range(len(self.blocks)):
             i = 3 * (j % self.turns)
             factors = None if drop is None else drop[j]
             x = self.blocks[j](x, windows[i], windows[i + 1], windows[i + 2], fill, factors)
-        return x
+            outputs.append(x)
+        return outputs
+
+    def windows_of(self, grid: tuple[int, int]) -> tuple[tuple[Tensor, ...], bool]:
+        """`windows` and `fill` of `construct` for all tokens of a grid."""
+        windows = ()
+        for shift in self.shifts:
+            windows += whole_image(grid, self.window, shift)
+        return windows, grid[0] % self.window > 0 or grid[1] % self.window > 0
+
+    def attention(self, inputs: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+        """Weights of each block's attention, float32 [B, G, nh, S, S], from its input, all tokens of a grid."""
+        windows, fill = self.windows_of(grid)
+        weights = []
+        for j in range(len(self.blocks)):
+            i = 3 * (j % self.turns)
+            qkv = self.blocks[j].project(inputs[j], fill)
+            weights.append(self.blocks[j].attn.weights_in_windows(qkv, windows[i], windows[i + 1]))
+        return weights
 
     def merge(self, x: Tensor) -> Tensor:
         """Visible tokens in nested order: [B, N, D] -> [B, N/4, 2D], or as they are in the last stage."""
@@ -226,6 +262,7 @@ class SwinTransformer(nn.Cell):
         self.image_size, self.patch_size, self.in_chans = (H, W), patch_size, in_chans
         self.mask_grid, self.mask_unit = (H // unit, W // unit), unit
         self.taps, self.rows_first, self.isolated = tuple(taps), rows_first, isolated
+        self.trained_stages = taps[-1] + 1 if taps else last + 1  # stages above the top tap are not trained
         self.stages = []
         for s, depth in enumerate(depths):
             grid = (H // (patch_size * 2**s), W // (patch_size * 2**s))
@@ -338,6 +375,19 @@ class SwinTransformer(nn.Cell):
     def whole_stages(self, images: Tensor, drop: Tensor | None = None, *mask: Tensor) -> list[Tensor]:
         """Whole images: rows [B, h*w, D] before and after each merging, two a stage; the last stage's is there twice.
 
+        Args:
+            images, drop, mask: As in `whole_blocks`.
+        """
+        outputs = []
+        for rows in self.whole_blocks(images, drop, *mask):
+            outputs += [rows[-2], rows[-1]]
+        return outputs
+
+    def whole_blocks(self, images: Tensor, drop: Tensor | None = None, *mask: Tensor) -> list[list[Tensor]]:
+        """Whole images: for each stage its input, each block's output, and what its merging makes of the last of them.
+
+        Rows [B, h*w, D]; of the last stage, which has no merging, the last block's output is there twice.
+
         Images may be of any size that is a multiple of the patch, not only of `image_size`: grids that windows or
         mergings do not divide are filled up with zeros at the right and at the bottom, as the official code does.
         Windows and shifts stay those of `image_size`: build the encoder at the size it is mostly used at.
@@ -351,14 +401,13 @@ class SwinTransformer(nn.Cell):
         outputs, first = [], 0
         for s in range(len(self.layers)):
             layer = self.layers[s]
-            h, w = grids[s]
-            windows = ()
-            for shift in layer.shifts:
-                windows += whole_image((h, w), layer.window, shift)
+            windows, fill = layer.windows_of(grids[s])
             factors = None if drop is None else drop[first : first + len(layer.blocks)]
-            before = layer(x, windows, h % layer.window > 0 or w % layer.window > 0, factors)
-            x = layer.downsample.on_grid(before, (h, w), self.rows_first) if s < len(self.layers) - 1 else before
-            outputs += [before, x]
+            rows = [x, *layer.block_outputs(x, windows, fill, factors)]
+            x = rows[-1]
+            if s < len(self.layers) - 1:
+                x = layer.downsample.on_grid(x, grids[s], self.rows_first)
+            outputs.append([*rows, x])
             first += len(layer.blocks)
         return outputs
 
@@ -374,8 +423,31 @@ class SwinTransformer(nn.Cell):
 
     def tokens(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
         """Whole images: tokens of the last trained stage before its merging, [B, N, D], no LayerNorm."""
-        return self.whole_stages(images, drop)[2 * (self.taps[-1] if self.taps else len(self.layers) - 1)]
+        return self.whole_stages(images, drop)[2 * self.trained_stages - 2]
 
     def features(self, images: Tensor) -> Tensor:
         """Mean of the last trained stage's tokens, every patch visible: [B, C, H, W] -> [B, D]. No LayerNorm."""
         return self.tokens(images).mean(axis=1)
+
+    def attention(self, images: Tensor) -> list[Tensor]:
+        """Whole images: what each trained block's queries attend to, float32 [B, G, nh, S, S], one group a window."""
+        stages = self.whole_blocks(images)
+        grids = self.grids(images.shape[2], images.shape[3])
+        weights = []
+        for s in range(self.trained_stages):
+            weights += self.layers[s].attention(stages[s], grids[s])
+        return weights
+
+    def attended(self) -> list[Attended]:
+        """What the rows and columns of `attention` stand for, for images of `image_size`."""
+        attended = []
+        for s, stage in enumerate(self.stages[: self.trained_stages]):
+            h, w = stage.grid
+            for j in range(len(self.layers[s].blocks)):
+                shift = stage.shifts[j % len(stage.shifts)]
+                pairs, slots, _ = whole_windows(stage.grid, stage.window, shift)
+                tokens = np.where(slots == h * w, np.int32(-1), slots).reshape(pairs.shape[:2])
+                first = (pairs < (2 * stage.window - 1) ** 2).argmax(axis=2)  # that each slot attends to
+                windows = first.astype(np.int32)
+                attended.append(Attended(f"stage {s + 1}, block {j + 1}", stage.grid, tokens, windows))
+        return attended

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
 
 from localmim.models.layers import (
+    Attended,
     Block,
     LayerNorm,
     PatchEmbed,
@@ -98,6 +99,7 @@ class VisionTransformer(nn.Cell):
         self.mask_grid, self.mask_unit = self.grid, patch_size
         self.mask_inputs = 4 if window else 2 if mask_token else 3
         self.embed_dim, self.depth, self.taps, self.isolated = embed_dim, depth, tuple(taps), isolated
+        self.trained_depth = taps[-1] + 1 if taps else depth  # blocks above the top tap are not trained
         self.tap_grids, self.tap_widths = [self.grid] * len(taps), [embed_dim] * len(taps)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = token_parameter(embed_dim)
@@ -228,9 +230,26 @@ class VisionTransformer(nn.Cell):
         """
         x = self.embed(images)
         relation = self.relation(self.grid)
-        for i in range(self.taps[-1] + 1 if self.taps else self.depth):
+        for i in range(self.trained_depth):
             x = self.blocks[i](x, 0, None if drop is None else drop[i], relation)
         return x
+
+    def attention(self, images: Tensor) -> list[Tensor]:
+        """Whole images: what each trained block's queries attend to, float32 [B, 1, nh, 1+L, 1+L] each."""
+        x = self.embed(images)
+        relation = self.relation(self.grid)
+        weights = []
+        for i in range(self.trained_depth):
+            block = self.blocks[i]
+            qkv = block.project(x)
+            weights.append(block.attn.weights(qkv, relation).expand_dims(1))
+            x = block.attend(x, qkv, 0, None, relation)
+        return weights
+
+    def attended(self) -> list[Attended]:
+        """What the rows and columns of `attention` stand for, the same in all blocks."""
+        names = [f"block {i + 1}" for i in range(self.trained_depth)]
+        return [Attended.at_once(name, self.grid, self.class_tokens) for name in names]
 
     def features(self, images: Tensor) -> Tensor:
         """Mean of the patch tokens, every patch visible, no LayerNorm: [B, C, H, W] -> [B, D]."""

@@ -26,7 +26,7 @@ from localmim.training.drop_path import drop_path_factors
 from localmim.training.initial import set_initial_weights
 from localmim.training.layer_decay import layer_decay_groups
 from localmim.training.optimizer import Group
-from localmim.training.task import Task
+from localmim.training.task import Task, is_due
 
 
 class ClassificationLoss(nn.Cell):
@@ -91,6 +91,10 @@ class Classification(Task):
             labelled(self.val, "data.val_dir", config.data.val_dir)
             self.val_numbers = class_numbers(self.val, self.classes, config.data.val_dir)
 
+    @property
+    def shown(self) -> Source:
+        return self.source if self.val is None else self.val
+
     def mixing(self, config: Config) -> Mix:
         """What makes soft targets of labels, and mixes images where the recipe says so."""
         options = config.classification
@@ -135,8 +139,7 @@ class Classification(Task):
     def evaluation_is_due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
         if self.val is None:
             return False
-        every = round(self.config.classification.eval_every * steps_per_epoch)
-        return last or (every > 0 and step % every == 0)
+        return is_due(self.config.classification.eval_every, step, steps_per_epoch, last)
 
     def evaluate(self) -> dict[str, float]:
         """Top-1 and top-5 on data.val_dir, percent."""

@@ -31,6 +31,7 @@ from localmim.models.layers import set_compute_dtype
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
 from localmim.training.classification import Classification
 from localmim.training.diagnose import find_layer, write_dump
+from localmim.training.environment import add_session
 from localmim.training.layout import Layout, begin_layout, changes, resumed_layout
 from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
 from localmim.training.pace import Estimate, Pace
@@ -41,7 +42,7 @@ from localmim.training.schedule import build_schedule, scaled_lr
 from localmim.training.sink import Row, require_sink, sunk
 from localmim.training.step import LossScaler, StepResult, TrainStep
 from localmim.training.stop import stop_signals
-from localmim.training.task import Task
+from localmim.training.task import Task, is_due
 
 TASKS: dict[str, type[Task]] = {
     "pretrain": Pretraining,
@@ -117,6 +118,7 @@ class Run:
         self.step = self.updates = self.skipped = self.bad_in_a_row = 0
         self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
         self.recorded = True
+        self.snapshots = None  # made when the first is taken (analysis/snapshot.py)
         if newest is None:
             self.beginning = self.task.begin()
             if self.average is not None:
@@ -250,6 +252,11 @@ class Run:
         steps = round(every.every_epochs * self.steps_per_epoch)
         return steps > 0 and self.step % steps == 0
 
+    def report_is_due(self) -> bool:
+        """Whether the config asks for a report after the step just made."""
+        every, last = self.config.report_every, self.step == self.last_step
+        return every is not None and self.step > 0 and is_due(every, self.step, self.steps_per_epoch, last)
+
     # ---- Steps
 
     def row(self, step: int, epoch: int, batch: Batch) -> Row:
@@ -336,10 +343,13 @@ def train(config: Config) -> None:
     if run.step >= run.last_step and run.recorded:
         if run.ranks.first:
             print("\n".join([*run.beginning, f"{run.output} is complete: {run.step} steps are done"]))
+        if run.report_is_due():
+            report(run, NoLog())
         return
     config, first = run.config, run.ranks.first
     if first:
         write_config(run.output, config)
+        add_session(run.output, run.step, run.device, run.ranks.world, config.precision)
     open_log = RunLog(run.output, run.last_step, run.logged) if first else NoLog()
     with stop_signals() as received, open_log as log, warnings_to(log):
         for line in introduction(run):
@@ -348,6 +358,8 @@ def train(config: Config) -> None:
             log.log(run.step, **record(run, measure(run, log)))
             log.sync()
             path = run.save()
+        if run.report_is_due():
+            report(run, log)
         pace = Pace(run.ranks)
         estimate = Estimate(run.total_steps, run.last_step, config.epochs, run.layout.world)
         rows = Rows(run)
@@ -368,6 +380,7 @@ def train(config: Config) -> None:
                     run.save(recorded=False)
                 measured = measure(run, log)
                 pace.begin()
+                estimate.begin()
             if run.step % config.log_every == 0 or last or measured:
                 log.log(
                     run.step,
@@ -384,6 +397,12 @@ def train(config: Config) -> None:
                     signal_name = received[0] if received else "a signal to another device"
                     raise RunError(f"by {signal_name} after step {run.step}; saved {path}; the same command goes on")
                 pace.begin()
+
+            # ---- Reports
+            if run.report_is_due():
+                report(run, log)
+                pace.begin()
+                estimate.begin()
             if run.step == run.last_step:
                 log.message(f"done: {run.step} steps, {run.skipped} skipped; {path}")
                 return
@@ -406,6 +425,23 @@ class Rows:
                 step += 1
                 if step == self.run.last_step:
                     return
+
+
+def report(run: Run, log: RunLog | NoLog) -> None:
+    """Adds this moment to the run's report, unless it is there. Whatever goes wrong with it, the run goes on."""
+    from localmim.analysis.report import write_report  # here: drawing takes a second to import
+    from localmim.analysis.snapshot import Snapshots, snapshot_path
+
+    if run.ranks.first and not snapshot_path(run.output, run.step).exists():
+        try:
+            if run.snapshots is None:
+                run.snapshots = Snapshots(run.config, run.model, run.task.shown, run.output)
+            run.snapshots.take(run.step)
+            log.message(f"report: {write_report([run.output])}")
+        except Exception as error:
+            log.message(f"step {run.step}: no report, {' '.join(str(error).split()) or type(error).__name__}")
+        run.model.set_train(True)
+    run.ranks.agree(None, "writing the report")
 
 
 def measure(run: Run, log: RunLog | NoLog) -> dict[str, float]:

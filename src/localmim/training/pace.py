@@ -55,10 +55,14 @@ class Estimate:
         self.since: float | None = None
         self.steps, self.said = 0, False
 
+    def begin(self) -> None:
+        """What came before is not counted."""
+        self.since, self.steps = time.perf_counter(), 0
+
     def line(self, step: int) -> str | None:
         """After each step, `step` being done: the line when it is time for it."""
         if self.since is None:
-            self.since = time.perf_counter()
+            self.begin()
             return None
         self.steps += 1
         spent = time.perf_counter() - self.since

@@ -9,9 +9,11 @@ from mindspore import Tensor, nn
 
 from localmim.config import Config
 from localmim.data.pipeline import Batch
-from localmim.data.sources import open_source
+from localmim.data.sources import Source, open_source
 from localmim.distributed import Ranks
 from localmim.errors import UserError
+from localmim.evaluation.features import pooled
+from localmim.evaluation.neighbours import neighbours, open_pair
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.models.layers import linear_rates
@@ -19,7 +21,9 @@ from localmim.training.build import build_masking, build_model, build_tokenizer
 from localmim.training.drop_path import drop_path_factors
 from localmim.training.initial import go_on_pretraining
 from localmim.training.optimizer import Group, pretraining_groups
-from localmim.training.task import Task
+from localmim.training.task import Task, is_due
+
+KNN_MOST = (10_000, 2_500)  # images of data.dir and of data.val_dir that k-NN takes at most
 
 
 class DroppedLoss(nn.Cell):
@@ -64,6 +68,12 @@ class Pretraining(Task):
         if isinstance(self.tokenizer, StoredIds):
             require_fixed_crops(config.data, encoder.image_size)
             self.tokenizer.check(self.source)
+        self.ranks, self.labelled, self.features = ranks, None, None
+        if config.data.val_dir and config.report_every is not None:
+            try:
+                self.labelled = open_pair(config.data.dir, config.data.val_dir, encoder.in_chans, config.data.format)
+            except UserError as error:
+                raise UserError(f"data.val_dir, for k-NN at each report: {error}") from error
         target = config.target
         files = {"codebook": target.codebook if target.kind == "codebook" else [], "features": target.features}
         self.digests = {key: fingerprint(names) if names else None for key, names in files.items()}
@@ -97,6 +107,29 @@ class Pretraining(Task):
         if self.drops:
             lines.append(f"stochastic depth: a rate of {self.model.drop_path:g} in the last block, 0 in the first")
         return lines
+
+    @property
+    def shown(self) -> Source:
+        return self.source if self.labelled is None else self.labelled[1]
+
+    def evaluation_is_due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
+        return self.labelled is not None and is_due(self.config.report_every, step, steps_per_epoch, last)
+
+    def evaluate(self) -> dict[str, float]:
+        """Top-1 of weighted 20-NN on data.val_dir, percent; the first device measures it."""
+        top1, error = 0.0, None
+        if self.ranks.first:
+            if self.features is None:
+                self.features = pooled(self.model.encoder)
+            try:
+                k = min(20, len(self.labelled[0]))
+                found = neighbours(self.features, *self.labelled, self.config.data, k, most=KNN_MOST, bar=False)
+                top1 = found["top1"]
+            except UserError as failed:
+                error = failed
+            self.model.set_train(True)
+        self.ranks.agree(error, "k-NN")
+        return {"knn_top1": float(self.ranks.gather(top1)[0][0])}
 
     def fingerprints(self) -> dict[str, str]:
         return {f"target.{key}": json.dumps(digest) for key, digest in self.digests.items() if digest}

@@ -14,6 +14,12 @@ from localmim.data.sources import Source
 from localmim.training.optimizer import Group
 
 
+def is_due(every: float, step: int, steps_per_epoch: int, last: bool) -> bool:
+    """Whether what comes every so many epochs, and at the end, comes after a step; 0: only at the end."""
+    steps = round(every * steps_per_epoch)
+    return last or (steps > 0 and step % steps == 0)
+
+
 class Task(ABC):
     """A model with its data.
 
@@ -36,6 +42,11 @@ class Task(ABC):
     classes: Sequence[str] = ()
     pairs: bool = False
     by_batch: str = ""
+
+    @property
+    def shown(self) -> Source:
+        """Where the images of a report come from."""
+        return self.source
 
     @abstractmethod
     def inputs(self, part: Batch, epoch: int, draw: int) -> tuple[np.ndarray, ...]:
