@@ -100,7 +100,7 @@ def main() -> None:
 
     # Long enough a schedule; checkpoints often enough that a kill costs little
     arguments = ["--config", options.config, *overrides, "--output_dir", str(out / "run"), "--epochs", "100000"]
-    arguments += ["--max_steps", str(options.steps), "--checkpoint.every_steps", "100"]
+    arguments += ["--max_steps", str(options.steps), "--checkpoint.every_steps", "100", "--report_every", "null"]
     load_config(arguments)
     command = [sys.executable, "train.py", *arguments]
     metrics = out / "run" / "metrics.jsonl"

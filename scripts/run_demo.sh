@@ -22,7 +22,7 @@ python -m localmim.evaluation knn --ckpt $out/run --data-dir $images --out $out/
 
 # What it learned.
 python -m localmim.analysis curve --run $out/run --out $out/loss_curve.png
-python -m localmim.analysis reconstruct --ckpt $out/run --count 3 --out $out/reconstructions.png $images/val
+python -m localmim.analysis reconstruct --ckpt $out/run --out $out/reconstructions.png $images/val/target/0099.jpg
 python -m localmim.analysis attention --ckpt $out/run --query 48,30 --query 20,75 --out $out/attention.png $images/val/hive/0022.jpg
 python -m localmim.analysis nmi --ckpt $out/run --untrained true --data-dir $images/val --out $out/nmi.png
 

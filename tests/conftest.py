@@ -16,17 +16,26 @@ set_device("CPU")
 
 
 SLOW = (  # files that take longest: they begin first, so that no process works on one alone at the end
-    "distributed/test_equal.py",
-    "distributed/test_survive.py",
-    "training/test_methods.py",
+    "distributed/test_survive.py",  # jobs of several processes, which often wait, beside files that compute
     "test_parity.py",
-    "distributed/test_ranks.py",
+    "distributed/test_equal.py",
+    "training/test_methods.py",
     "launch/test_launch.py",
-    "training/test_classification.py",
     "mim/test_model.py",
-    "training/test_loop.py",
+    "distributed/test_ranks.py",
+    "training/test_classification.py",
     "test_export.py",
+    "models/test_swin.py",
+    "training/test_resume.py",
+    "training/test_loop.py",
+    "training/test_mixture_runs.py",
 )
+
+
+def pytest_collection_finish():
+    """What the imports made stays: left out of garbage collection, which then takes no time to speak of."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -42,6 +42,7 @@ PRETRAINED = ModelConfig(
     embed_dim=16,
     depth=7,
     num_heads=2,
+    taps=[0],
     scales=[1],
     decoder_dim=16,
     decoder_heads=2,

@@ -16,6 +16,9 @@ from localmim.errors import PeerError, RunError, UserError
 
 def run(main: Callable[[list[str]], object], argv: list[str] | None = None) -> int:
     """Calls `main(argv)` and turns what happened into an exit code; errors of the user are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what is no letter
     try:
         main(sys.argv[1:] if argv is None else argv)
         return 0

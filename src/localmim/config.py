@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +180,7 @@ class Config:
     reference_quirks: bool = False  # compute what the authors' code does where it is peculiar, see docs/quirks.md
     max_bad_steps: int = 20  # stop after this many non-finite steps in a row
     log_every: int = 10  # steps
-    report_every: Optional[float] = None  # epochs from one report to the next; 0: only at the end; null: none at all
+    report_every: Optional[float] = 0.0  # epochs from one report to the next; 0: only at the end; null: none at all
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -319,7 +320,7 @@ def check_ranges(config: Config) -> None:
             raise UserError(f"{key} is {getattr(config, key)}, expected at least {least}")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
-    if config.report_every is not None and config.report_every < 0:
+    if config.report_every is not None and not 0 <= config.report_every < math.inf:
         raise UserError(f"report_every is {config.report_every:g}, expected 0 or more epochs, or null")
     if config.wait_limit_s <= 0:
         raise UserError(f"wait_limit_s is {config.wait_limit_s:g}, expected more than 0")
@@ -353,7 +354,7 @@ def check_ranges(config: Config) -> None:
     if config.task != "pretrain" and mixed and config.batch_size % 2:
         raise UserError(f"batch_size is {config.batch_size}: mixup and cutmix mix pairs, expected an even number")
     for key in ("mixup", "cutmix", "eval_every"):
-        if getattr(config.classification, key) < 0:
+        if not 0 <= getattr(config.classification, key) < math.inf:
             raise UserError(f"classification.{key} is {getattr(config.classification, key):g}, expected at least 0")
     if config.task != "finetune" and config.optimizer.layer_decay != 1:
         raise UserError(f"optimizer.layer_decay is for task finetune, this is {config.task}")

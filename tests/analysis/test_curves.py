@@ -1,8 +1,7 @@
-"""The curves of a run: what is read of its metrics, and a picture of it."""
+"""The curves of a run as pictures."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import cv2
@@ -15,28 +14,20 @@ from localmim.analysis.curves import Line, loss_curve, small_curves, small_layer
 from localmim.errors import UserError
 
 
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def test_reads_what_a_run_writes(tmp_path):
-    """Other lines, a non-finite loss and a repeated step are in real files; the last line of a step counts."""
-    metrics = write(
-        tmp_path / "metrics.jsonl",
-        [{"event": "start"}, {"step": 3, "knn": 50.0}]
-        + [{"step": s, "loss": 4 / s, "loss_scales": [3 / s, 1 / s], "lr": 1e-3 * s} for s in range(1, 200)]
-        + [{"step": 5, "loss": "nan", "loss_scales": [None, "inf"]}],
-    )
-    records = curves._read_losses(metrics)
-    assert list(records)[:3] == [1, 2, 3] and len(records) == 199 and records[5]["loss"] == "nan"
+def test_draws_what_a_run_writes(tmp_path):
+    """Records without a loss, losses that are not finite and odd parts are in real files; matplotlib stays as is."""
+    records = [{"step": s, "loss": 4 / s, "loss_scales": [3 / s, 1 / s], "lr": 1e-3 * s} for s in range(1, 200)]
+    records[5] |= {"loss": "nan", "loss_scales": [None, "inf"]}
+    records[6] |= {"loss_scales": 3}
     before = dict(matplotlib.rcParams)
-    path = loss_curve(metrics, tmp_path / "new" / "loss.png", ["4 px", "8 px"])
+    path = loss_curve([{"step": 0, "knn": 50.0}, *records], tmp_path / "new" / "loss.png", ["4 px", "8 px"])
     image = cv2.imread(str(path))
     assert image.shape[0] > 400 and image.std() > 5
     assert dict(matplotlib.rcParams) == before
-    lone = write(tmp_path / "lone.jsonl", [{"step": 1, "loss": 2.0}])
-    assert cv2.imread(str(loss_curve(lone, tmp_path / "lone.png"))) is not None
+    assert cv2.imread(str(loss_curve([{"step": 1, "loss": 2.0}], tmp_path / "lone.png"))) is not None
+    with pytest.raises(UserError, match="none of the run's records has a loss"):
+        loss_curve([{"step": 1}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_smoothing_is_a_mean_that_skips_gaps():
@@ -49,20 +40,6 @@ def test_smoothing_is_a_mean_that_skips_gaps():
     assert smooth[0] == np.arange(6).mean()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "cannot be read"), ('{"step": 1}\n', "no line with a step and a loss"), ("{\n", "line 1 is not JSON")],
-)
-def test_names_what_is_wrong(tmp_path, text, message):
-    """A wrong file is one line that names it, and no picture is written."""
-    metrics = tmp_path / "metrics.jsonl"
-    if text is not None:
-        metrics.write_text(text)
-    with pytest.raises(UserError, match=message):
-        loss_curve(metrics, tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
-
-
 def test_small_curves_show_what_they_say():
     """A cut start must be said, a curve from zero must begin there, and gaps must not hide the rest of a curve."""
     steps = list(range(1, 101))
@@ -73,6 +50,9 @@ def test_small_curves_show_what_they_say():
     figure, note = small_curves([steep, late], smooth=False, from_zero=True)
     assert note == "" and figure.axes[0].get_ylim() == (0, 106) and figure.axes[0].get_xlim()[0] == 0
     assert np.isfinite(figure.axes[0].lines[1].get_ydata()).sum() == 49
+    short = Line("c", "k", [1, 2, 3], [3.0, 2.6, 2.3])  # of a run that has just begun, beside a long one
+    figure, _ = small_curves([late, short])
+    assert figure.axes[0].get_ylim()[1] > 2.3
     lone, _ = small_curves([Line("c", "k", [7], [2.0])], from_zero=True)
     assert any(line.get_marker() == "o" for line in lone.axes[0].lines)
 

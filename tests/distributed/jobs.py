@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from job_environment import job_environment
 from localmim.config import load_config
 from localmim.training.checkpoint import read_checkpoint
 from localmim.training.loop import train
@@ -22,10 +22,21 @@ ROOT = Path(__file__).parents[2]
 
 def launch(devices: int, recipe: Path, *more: str) -> subprocess.Popen:
     """scripts/run_distribute_train_cpu.sh, with this Python."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MS_", "NNODES", "NODE_RANK", "MASTER_"))}
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts" / "run_distribute_train_cpu.sh"), str(devices), str(recipe), *more],
-        env={**environment, "PYTHON": sys.executable},
+        env=job_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start(task: Path, *arguments: str, folder: Path) -> subprocess.Popen:
+    """A script of these tests on two devices, in a folder that gets the job's logs."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "localmim.launch", "--devices", "2", str(task), *arguments],
+        cwd=folder,
+        env=job_environment(PYTHONPATH=str(ROOT / "src")),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,11 +56,11 @@ def on_two(recipe: Path, output: Path, *more: str) -> str:
     return text
 
 
-def on_one(recipe: Path, output: Path, *more: str) -> str:
+def on_one(recipe: Path, *more: str) -> str:
     """The same recipe on one device, in this process; what was on the terminal."""
     text = io.StringIO()
     with contextlib.redirect_stderr(text):
-        train(load_config(["--config", str(recipe), "--output_dir", str(output), *more]))
+        train(load_config(["--config", str(recipe), *more]))
     return text.getvalue()
 
 

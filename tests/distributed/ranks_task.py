@@ -68,6 +68,7 @@ def sums(ranks: Ranks) -> dict:
         "gather": ranks.gather(rank + 0.25, 7).tolist(),
         "union": sorted(ranks.union({3, 2**24 + 1} if rank == 0 else {3, 5, 8})),
         "nothing": sorted(ranks.union(set())),
+        "rows": ranks.rows(np.full((1 + rank, 2), np.float32(-0.1) ** (1 + rank), np.float32)).tolist(),
     }
     draw = np.random.default_rng(rank)
     gradients = [draw.standard_normal(shape).astype(np.float32) for shape in ((3, 4), (5,), (2, 2, 2))]
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> None:
         train_with_a_bad_image(argv[1])
         return
     set_device("CPU")
-    ranks = join(limit_s=10)
+    ranks = join(limit_s=60)
     if how == "sums":
         found = sums(ranks)
         if ranks.first:
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> None:
         model = Square()
         step = TrainStep(model, AdamW({"w": model.w}), ranks=ranks)
         step([(np.ones(3, np.float32),)], 0.1, 1)
+        step.ranks = ranks._replace(limit_s=3)  # short, as nothing is compiled from here on
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         step([(np.ones(3, np.float32),)], 0.1, 2)

@@ -1,15 +1,20 @@
-"""Two devices at batch 4 train what one does at batch 8: through the real launcher, with the recipe's own crops."""
+"""Two devices at batch 4 train what one does at batch 8: through the real launcher, with the recipe's own crops.
+
+One job trains all recipes on two devices, one after the other: starting a job takes longer than a small run.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
-from jobs import differences, on_one, on_two, records
+from jobs import differences, finish, on_one, records, start
 
 from localmim.data.builtin import write_builtin_images
 
+RUNS = Path(__file__).with_name("runs_task.py")
 STEPS = 20  # two epochs
 TOLERANCE = 2e-6  # of weights; each of the 20 steps moves one by up to 1e-3
 COMMON = {
@@ -18,6 +23,7 @@ COMMON = {
     "max_steps": STEPS,
     "batch_size": 8,
     "log_every": 5,
+    "report_every": None,
     "data": {"workers": 1},
     "checkpoint": {"every_steps": 0},
 }
@@ -27,7 +33,8 @@ PRETRAIN = {
     "model": {
         "name": "localmim_vit_tiny_patch16_224",
         **VIT,
-        "depth": 7,
+        "depth": 7,  # of which two are computed: none above the last tap is
+        "taps": [0, 1],
         "scales": [2, 1],
         "decoder_dim": 16,
         "decoder_heads": 2,
@@ -64,6 +71,13 @@ PROBE = {
 }
 
 
+class Pair(NamedTuple):
+    """The folders of the same run on one device and on two."""
+
+    one: Path
+    two: Path
+
+
 def assert_equal_weights(one: Path, other: Path, part: str = "weights") -> None:
     """Rounding apart. Keys' biases have no gradient but rounding, which AdamW blows up to its step: they stay out."""
     found = differences(one, other, part, leave_out_key_biases=True)
@@ -80,26 +94,37 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe(folder: Path, name: str, values: dict, **data) -> Path:
-    path = folder / f"{name}.yaml"
-    values = {**COMMON, **values, "data": {**COMMON["data"], "dir": str(folder / "images" / "train"), **data}}
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 @pytest.fixture(scope="module")
-def pretrained(folder) -> tuple[Path, Path]:
-    """The same run on one device and on two."""
-    path = recipe(folder, "pretrain", PRETRAIN)
-    on_one(path, folder / "one")
-    text = on_two(path, folder / "two", "--batch_size", "4")
+def runs(folder) -> dict[str, Pair]:
+    """Each recipe on one device and on two."""
+    train, val = (str(folder / "images" / part) for part in ("train", "val"))
+    augment = {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.25}
+    recipes = {
+        "pretrain": (PRETRAIN, {}),
+        "swin": (SWIN, {}),
+        "finetune": (FINETUNE, {"val_dir": val, **augment}),
+        "linear_probe": ({**PROBE, "init": str(folder / "pretrain_one")}, {"val_dir": val}),
+    }
+    pairs = {name: Pair(folder / f"{name}_one", folder / f"{name}_two") for name in recipes}
+    for name, (values, data) in recipes.items():
+        values = {**COMMON, **values, "data": {**COMMON["data"], "dir": train, **data}}
+        for output, batch_size in zip(pairs[name], (8, 4)):
+            changed = {**values, "batch_size": batch_size, "output_dir": str(output)}
+            if output == pairs["pretrain"].two:  # a report beside it changes nothing
+                changed |= {"report_every": 0, "data": {**values["data"], "val_dir": val}}
+            output.with_suffix(".yaml").write_text(yaml.safe_dump(changed))
+    job = start(RUNS, *(str(pair.two.with_suffix(".yaml")) for pair in pairs.values()), folder=folder)
+    for pair in pairs.values():
+        on_one(pair.one.with_suffix(".yaml"))
+    code, text = finish(job)
+    assert code == 0, text
     assert "devices x batch x forward passes: 2 x 4 x 1 = 8" in text
-    return folder / "one", folder / "two"
+    return pairs
 
 
-def test_vit(pretrained):
+def test_vit(runs):
     """Weights after 20 steps, and the loss on the way."""
-    one, two = pretrained
+    one, two = runs["pretrain"]
     assert_equal_weights(one, two)
     for ours, theirs in zip(records(one), records(two), strict=True):
         assert ours["step"] == theirs["step"]
@@ -107,38 +132,37 @@ def test_vit(pretrained):
         assert ours["loss_scales"] == pytest.approx(theirs["loss_scales"], rel=1e-5)
 
 
-def test_metrics_of_each_device(pretrained):
+def test_metrics_of_each_device(runs):
     """A slow disk of one machine must be seen: throughput and waiting, one by one."""
-    for record in records(pretrained[1]):
+    for record in records(runs["pretrain"].two):
         assert len(record["images_per_s_rank"]) == len(record["data_wait_s_rank"]) == 2
         assert sum(record["images_per_s_rank"]) == pytest.approx(record["images_per_s"], rel=0.1)
-    assert "images_per_s_rank" not in records(pretrained[0])[0]
+    assert "images_per_s_rank" not in records(runs["pretrain"].one)[0]
 
 
-def test_accumulation(pretrained, folder):
+def test_report_of_two_devices(runs):
+    """The first one writes it, and both share the images of its k-NN."""
+    two = runs["pretrain"].two
+    assert 0 <= records(two)[-1]["knn_top1"] <= 100 and "knn_top1" not in records(two)[0]
+    assert (two / "report.html").is_file() and [p.name for p in (two / "report").iterdir()] == [f"step_{STEPS:08d}"]
+
+
+def test_accumulation(runs, folder):
     """Two forward passes of 4 equal one of 8, on one device."""
-    on_one(folder / "pretrain.yaml", folder / "passes", "--batch_size", "4", "--accumulate", "2")
-    assert_equal_weights(pretrained[0], folder / "passes")
+    one, output = runs["pretrain"].one, folder / "passes"
+    on_one(one.with_suffix(".yaml"), "--batch_size", "4", "--accumulate", "2", "--output_dir", str(output))
+    assert_equal_weights(one, output)
 
 
-def test_swin(folder):
+def test_swin(runs):
     """With shared_draws both devices, and both halves of the batch, see one mask."""
-    path = recipe(folder, "swin", SWIN)
-    on_one(path, folder / "swin_one")
-    on_two(path, folder / "swin_two", "--batch_size", "4")
-    assert_equal_weights(folder / "swin_one", folder / "swin_two")
+    assert_equal_weights(*runs["swin"])
 
 
 @pytest.mark.parametrize("task", ["finetune", "linear_probe"])
-def test_classifier(task, folder, pretrained):
+def test_classifier(task, runs):
     """Mixup, stochastic depth, clipping, the moving average, batch statistics and accuracy are those of one device."""
-    values, init = (FINETUNE, "") if task == "finetune" else (PROBE, str(pretrained[0]))
-    augment = {"rand_augment": "m9-mstd0.5-inc1", "erase": 0.25} if task == "finetune" else {}
-    val = str(folder / "images" / "val")
-    path = recipe(folder, task, {**values, "init": init}, val_dir=val, **augment)
-    one, two = folder / f"{task}_one", folder / f"{task}_two"
-    on_one(path, one)
-    on_two(path, two, "--batch_size", "4")
+    one, two = runs[task]
     parts = ("weights", "average") if task == "finetune" else ("weights",)
     for part in parts:
         assert_equal_weights(one, two, part)

@@ -22,6 +22,7 @@ RECIPE = {
     "epochs": 4,
     "batch_size": 4,
     "log_every": 5,
+    "report_every": None,
     "optimizer": {"blr": 0.03, "warmup_epochs": 1},
     "checkpoint": {"every_steps": 5, "keep": 8},
     "model": {
@@ -30,7 +31,7 @@ RECIPE = {
         "patch_size": 8,
         "embed_dim": 32,
         "num_heads": 2,
-        "depth": 2,
+        "depth": 1,
         "decoder_dim": 16,
         "decoder_depth": 1,
         "decoder_heads": 2,

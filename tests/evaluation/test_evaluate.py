@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from job_environment import job_environment
 from localmim.config import config_from_dict
 from localmim.data.builtin import write_builtin_images
 from localmim.errors import UserError
@@ -117,10 +116,9 @@ def test_two_processes_count_each_image_once(folder, tmp_path):
     """The real launcher, two workers on the CPU: the figures of one process."""
     out = tmp_path / "two.json"
     command = ["bash", str(ROOT / "scripts" / "run_eval_cpu.sh"), "--ckpt", str(folder / "finetune")]
-    environment = {**os.environ, "DEVICE_NUM": "2", "PYTHON": sys.executable}
-    done = subprocess.run(
-        [*command, "--batch-size", "4", "--out", str(out)], capture_output=True, text=True, timeout=200, env=environment
-    )
+    command += ["--batch-size", "4", "--out", str(out)]
+    environment = job_environment(DEVICE_NUM="2")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     both = json.loads(out.read_text())
     alone = evaluate(str(folder / "finetune"), out=str(tmp_path / "one.json"), batch_size=4, device="CPU")

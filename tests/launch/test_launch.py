@@ -9,30 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from job_environment import job_environment
 from localmim import job, launch
 from localmim.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TASK = Path(__file__).with_name("task.py")
 RECIPE = "config/demo/localmim_vit.yaml"
-MACHINES = ("DEVICE_NUM", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment(**variables: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in MACHINES and not k.startswith("MS_")}
-    return {**kept, "PYTHON": sys.executable, **variables}
 
 
 def script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """One of scripts/, with this Python."""
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / name), *arguments],
-        env=environment(**variables),
+        env=job_environment(**variables),
         capture_output=True,
         text=True,
         timeout=60,
@@ -241,7 +237,7 @@ class Launched:
         self.process = subprocess.Popen(
             [*command, str(TASK), how, str(folder)],
             cwd=folder,
-            env=environment(),
+            env=job_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -270,23 +266,51 @@ class Launched:
         return next((self.folder / "outputs/logs").glob(f"*/worker_{rank}.log")).read_text()
 
 
-def test_job_that_is_done_and_job_with_a_mistake(tmp_path):
+@contextmanager
+def side_by_side(tmp_path_factory, *how: str):
+    """Two jobs that start together, as a job mostly waits; what no test has ended is killed."""
+    jobs = [Launched(word, tmp_path_factory.mktemp(word)) for word in how]
+    yield jobs
+    for started in jobs:
+        started.process.kill()
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """One job with a traceback on rank 1, and one that goes on until a rank is killed."""
+    with side_by_side(tmp_path_factory, "traceback", "wait") as jobs:
+        yield jobs
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory):
+    """Two jobs that go on until they are stopped."""
+    with side_by_side(tmp_path_factory, "wait", "wait") as jobs:
+        yield jobs
+
+
+@pytest.fixture
+def ending(tmp_path_factory):
+    """One job that is done by itself, and one with a user's mistake on rank 1."""
+    with side_by_side(tmp_path_factory, "done", "mistake") as jobs:
+        yield jobs
+
+
+def test_job_that_is_done_and_job_with_a_mistake(ending):
     """Exit code 0 and rank 0's lines; then a user's mistake on rank 1: its one line, exit code 2. New folders."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    done, wrong = Launched("done", tmp_path / "a"), Launched("mistake", tmp_path / "b")
+    done, wrong = ending
     code, output, errors = done.end()
     assert (code, errors) == (0, ""), errors + done.log(0) + done.log(1)
     assert re.fullmatch(r"2 devices; logs in \S+\nsum 2\n", output)
-    assert "worker.py" in next((tmp_path / "a/outputs/logs").glob("*/command.txt")).read_text()
+    assert "worker.py" in next((done.folder / "outputs/logs").glob("*/command.txt")).read_text()
     code, output, errors = wrong.end()
     assert code == 2
     assert re.fullmatch(r"error: data.dir holds no images \(rank 1; its log: \S+worker_1.log\)\n", errors)
 
 
-def test_traceback_of_another_rank(tmp_path):
+def test_traceback_of_another_rank(failing):
     """Rank 0 waits in vain for a rank that failed: its traceback is shown, all is ended, exit code 1."""
-    failed = Launched("traceback", tmp_path)
+    failed = failing[0]
     failed.lines("sum 2")
     code, _, errors = failed.end()
     assert code == 1
@@ -295,11 +319,11 @@ def test_traceback_of_another_rank(tmp_path):
     assert not failed.left()
 
 
-def test_rank_killed(tmp_path):
+def test_rank_killed(failing):
     """kill -9 of a rank in a collective: named, quickly, and the rank that waits for it is ended."""
-    job_of_two = Launched("wait", tmp_path)
+    job_of_two = failing[1]
     job_of_two.lines("sum 2")
-    (pid_file,) = (tmp_path / "outputs/logs").glob("*/rank_1.pid")
+    (pid_file,) = (job_of_two.folder / "outputs/logs").glob("*/rank_1.pid")
     os.kill(int(pid_file.read_text()), signal.SIGKILL)
     begin = time.monotonic()
     code, _, errors = job_of_two.end()
@@ -309,25 +333,25 @@ def test_rank_killed(tmp_path):
     assert not job_of_two.left()
 
 
-def test_interrupt_reaches_every_rank(tmp_path):
+def test_interrupt_reaches_every_rank(waiting):
     """Ctrl-C: each rank gets SIGTERM once and says its last line before anything is killed."""
-    stopped = Launched("wait", tmp_path)
+    stopped = waiting[0]
     stopped.lines("sum 2")
     stopped.process.send_signal(signal.SIGINT)
     code, output, errors = stopped.end()
     assert code == 1
     assert errors == "stopping after a checkpoint; Ctrl-C again ends it at once\n"
     assert output == "stopped: SIGTERM: saved\n"
-    assert sorted(p.name for p in tmp_path.glob("stopped_*")) == ["stopped_0", "stopped_1"]
+    assert sorted(p.name for p in stopped.folder.glob("stopped_*")) == ["stopped_0", "stopped_1"]
     assert not stopped.left()
 
 
-def test_launcher_killed(tmp_path):
+def test_launcher_killed(waiting):
     """kill -9 of the launcher: the ranks get SIGTERM, may save, and nothing stays."""
-    orphaned = Launched("wait", tmp_path)
+    orphaned = waiting[1]
     orphaned.lines("sum 2")
     orphaned.process.kill()
     orphaned.end()
     psutil.wait_procs(orphaned.left(), timeout=20)
     assert not orphaned.left()
-    assert sorted(p.name for p in tmp_path.glob("stopped_*")) == ["stopped_0", "stopped_1"]
+    assert sorted(p.name for p in orphaned.folder.glob("stopped_*")) == ["stopped_0", "stopped_1"]

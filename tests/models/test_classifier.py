@@ -24,7 +24,7 @@ class LogitSum(nn.Cell):
         return (logits * logits).sum(), logits
 
 
-VIT = ("vit_tiny_patch16_224", {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2})
+VIT = ("vit_tiny_patch16_224", {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2})
 SWIN = (
     "swin_tiny_patch4_window7_224",
     {"image_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},

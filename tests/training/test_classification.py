@@ -25,6 +25,7 @@ RECIPE = {
     "epochs": 2,
     "batch_size": 8,
     "log_every": 1,
+    "report_every": None,
     "device": "CPU",
     "model": {"name": "vit_tiny_patch16_224", **VIT, "drop_path": 0.2},
     "classification": {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "eval_every": 0.5},
@@ -201,6 +202,7 @@ def test_pretraining_goes_on_from_weights(make):
 def test_a_run_stopped_while_it_was_measured(make, monkeypatch):
     """The step is saved before it is measured; the same command measures it first and ends as if nothing had been."""
     plain = {"classification": {"eval_every": 1}, "checkpoint": {"every_epochs": 1, "every_steps": 0}}
+    plain["model"] = {"depth": 1}
     train(make("whole", **plain))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", lambda run: (_ for _ in ()).throw(UserError("too many unreadable images")))

@@ -21,6 +21,7 @@ RECIPE = {
     "batch_size": 2,
     "accumulate": 2,
     "log_every": 1,
+    "report_every": None,
     "device": "CPU",
     "model": {
         "name": "localmim_swin_tiny_patch4_window7_224",

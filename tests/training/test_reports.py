@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-from localmim.analysis.snapshot import Snapshots, snapshot_path
+from localmim.analysis.history import drop_snapshots, snapshot_path
+from localmim.analysis.snapshot import Snapshots
 from localmim.config import load_config
-from localmim.errors import UserError
 from localmim.training.checkpoint import read_checkpoint
-from localmim.training.loop import train
+from localmim.training.loop import Run, introduction, train
 
 
 class Kept(NamedTuple):
@@ -52,8 +52,12 @@ def recipe(tmp_path_factory):
     return path
 
 
+def settings(recipe, output, *overrides):
+    return load_config(["--config", str(recipe), "--output_dir", str(output), *overrides])
+
+
 def run(recipe, output, *overrides):
-    train(load_config(["--config", str(recipe), "--output_dir", str(output), *overrides]))
+    train(settings(recipe, output, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +72,9 @@ def records(output):
 
 
 def test_each_report_is_a_snapshot_and_a_figure_of_knn(kept):
-    """After each epoch: pictures that exist, numbers of each block, and k-NN in the record of that step."""
-    steps = [r["step"] for r in records(kept.output) if "knn_top1" in r]
-    assert steps == [2, 4]
-    for step in steps:
+    """Before the first step and after each epoch: pictures that exist, numbers of each block; k-NN in the records."""
+    assert [r["step"] for r in records(kept.output) if "knn_top1" in r] == [2, 4]
+    for step in (0, 2, 4):
         folder = snapshot_path(kept.output, step)
         about = json.loads((folder / "snapshot.json").read_text())
         assert about["step"] == step and len(about["loss_names"]) == 1
@@ -96,17 +99,29 @@ def test_a_report_changes_nothing_of_the_run(kept):
     assert not (output / "report.html").exists() and not (output / "report").exists()
 
 
-def test_a_complete_run_gets_the_report_that_it_lacks(kept, tmp_path, capsys):
-    """What a kill during the last report left out is made by the same command; one that is there stays."""
+def test_a_complete_run_gets_what_its_report_lacks(kept, tmp_path):
+    """What a kill during the last report left out, the snapshot or the page, is made by the same command; no more."""
     output = tmp_path / "run"
     shutil.copytree(kept.output, output)
-    shutil.rmtree(snapshot_path(output, 4))
-    (output / "report.html").unlink()
+    page, snapshot = output / "report.html", snapshot_path(output, 4)
+    shutil.rmtree(snapshot)
     run(kept.recipe, output)
-    assert (output / "report.html").exists() and snapshot_path(output, 4).is_dir()
-    stamp = (output / "report.html").stat().st_mtime_ns
+    assert snapshot.is_dir() and page.stat().st_mtime >= snapshot.stat().st_mtime
+    made = snapshot.stat().st_mtime_ns
+    page.unlink()
     run(kept.recipe, output)
-    assert (output / "report.html").stat().st_mtime_ns == stamp
+    assert page.exists() and snapshot.stat().st_mtime_ns == made
+    stamp = page.stat().st_mtime_ns
+    run(kept.recipe, output)
+    assert page.stat().st_mtime_ns == stamp
+
+
+def test_another_run_in_the_folder_has_its_own_pictures(kept, tmp_path):
+    """Snapshots after the step that a run goes on from are those of another run, or are made again: they go."""
+    for step in (0, 2, 4):
+        shutil.copytree(snapshot_path(kept.output, step), snapshot_path(tmp_path, step))
+    drop_snapshots(tmp_path, 2)
+    assert [path.name for path in sorted((tmp_path / "report").iterdir())] == ["step_00000000", "step_00000002"]
 
 
 def test_a_report_that_fails_is_told_and_the_run_goes_on(kept, tmp_path, capfd, monkeypatch):
@@ -124,8 +139,21 @@ def test_a_report_that_fails_is_told_and_the_run_goes_on(kept, tmp_path, capfd, 
     assert list((output / "report").iterdir()) == []
 
 
-def test_knn_needs_labels(kept, tmp_path):
-    """data.val_dir asks for k-NN: images without classes are refused before the run begins."""
-    with pytest.raises(UserError, match=r"data\.val_dir, for k-NN at each report: .*expected class folders"):
-        run(kept.recipe, tmp_path / "run", "--data.dir", str(kept.recipe.parent / "train" / "a"))
-    assert not (tmp_path / "run").exists()
+def test_a_knn_that_fails_is_told_and_the_run_goes_on(kept, tmp_path, capfd, monkeypatch):
+    """So is k-NN: it is beside the run."""
+
+    def fail(*given, **options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("localmim.evaluation.neighbours.extract_features", fail)
+    output = tmp_path / "run"
+    run(kept.recipe, output, "--max_steps", "2")
+    assert "no k-NN: no memory" in capfd.readouterr().err
+    assert [r["step"] for r in records(output)] == [1, 2] and "knn_top1" not in records(output)[1]
+
+
+def test_without_labels_there_is_no_knn(kept, tmp_path):
+    """data.val_dir is where the pictures come from all the same, and the run says why there is no k-NN."""
+    begun = Run(settings(kept.recipe, tmp_path / "run", "--data.dir", str(kept.recipe.parent / "train" / "a")))
+    assert begun.task.labelled is None and len(begun.task.shown) == 4
+    assert "no k-NN at the reports: " in "\n".join(introduction(begun))

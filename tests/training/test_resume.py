@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from localmim import cli
 from localmim.data.builtin import write_builtin_images
 from localmim.training.checkpoint import read_checkpoint
 
@@ -22,8 +23,9 @@ RECIPE = """
 epochs: 2
 batch_size: 4
 log_every: 3
+report_every: null
 device: CPU
-model: {name: mae_vit_tiny_patch16_224, image_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2,
+model: {name: mae_vit_tiny_patch16_224, image_size: 32, patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2,
         decoder_dim: 16, decoder_depth: 1, decoder_heads: 2}
 target: {kind: hog}
 optimizer: {blr: 1.0e-1, warmup_epochs: 1}
@@ -159,7 +161,6 @@ def test_another_recipe_is_refused_and_a_finished_run_is_left_alone(recipe, whol
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--optimizer.blrr", "1"], "did you mean 'blr'"),
         (["--epochs", "many"], "epochs"),
         (["--data.dir", "no/such/folder"], "no/such/folder"),
         (["--mask.ratio", "1.2"], "mask.ratio"),
@@ -169,11 +170,27 @@ def test_another_recipe_is_refused_and_a_finished_run_is_left_alone(recipe, whol
             "at least 7 blocks",
         ),
         (["--batch_size", "4000"], "fewer than batch_size"),
-        (["--device", "GPU"], "this MindSpore"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, arguments, said):
+def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, monkeypatch, capfd, arguments, said):
     """Each mistake of the issue: one line on stderr, nothing written."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from train import main
+
+    given = ["--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--max_steps", str(STEPS), *arguments]
+    assert cli.run(main, given) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.strip().splitlines()) == 1, err
+    assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--optimizer.blrr", "1"], "did you mean 'blr'"), (["--device", "GPU"], "this MindSpore")],
+)
+def test_bad_input_of_the_command(recipe, tmp_path, arguments, said):
+    """The same in a process of its own, where nothing else may be on stderr either."""
     if arguments[0] == "--device" and os.environ.get("CUDA_VISIBLE_DEVICES"):
         arguments = ["--device", "Ascend"]
     process = start(recipe, tmp_path / "out", *arguments)

@@ -11,16 +11,14 @@ from pathlib import Path
 
 from localmim import cli
 from localmim.analysis.attention_pictures import attention
+from localmim.analysis.canvas import picture_path
 from localmim.analysis.curves import loss_curve
+from localmim.analysis.history import read_run
 from localmim.analysis.information import nmi
 from localmim.analysis.reconstruct import reconstruct
 from localmim.analysis.report import write_report
 from localmim.analysis.snapshot import add_missing
-from localmim.config import config_from_dict, read_recipe
 from localmim.device import set_device
-from localmim.errors import UserError
-from localmim.training.build import build_model
-from localmim.training.runlog import METRICS
 
 RUN = "a run's folder, a checkpoint or a weights file"
 IMAGES = "images, in any form that data.dir takes"
@@ -36,13 +34,11 @@ def curve(run: str, out: str = "") -> Path:
     Raises:
         UserError: There is no run, or it has made no step.
     """
-    metrics = Path(run) / METRICS
-    if not metrics.is_file():
-        raise UserError(f"{run} is no run: it holds no {METRICS}")
-    config = config_from_dict(read_recipe(Path(run) / "config.yaml"))
-    names = build_model(config).loss_names() if config.task == "pretrain" else []
-    path = loss_curve(metrics, Path(out) if out else Path(run) / "loss_curve.png", names)
-    print(f"loss curve: {path}")
+    path = picture_path(out, run, "loss_curve.png")
+    found = read_run(run, run)
+    names = next((snapshot.loss_names for snapshot in found.snapshots if snapshot.loss_names), [])
+    loss_curve(found.records, path, names)
+    print("\n".join([f"loss curve: {path}", *found.notes]))
     return path
 
 

@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 
 from localmim.analysis.history import Drawing, Run, Snapshot
+from localmim.data.sources import spread
 
-MOST_SNAPSHOTS = 8  # of one run; of several as many together, but two of each
+MOST_SNAPSHOTS = 8  # of one run; of several as many together, but four of each where MOST_BYTES allow it
 MOST_BYTES = 7_500_000  # of all pictures as they stand in the page
 QUALITY = 80  # WebP: a fifth of the PNG's size, with letters and thin strokes still sharp
 
@@ -28,8 +29,8 @@ class Album:
 
     def __init__(self, runs: Sequence[Run]):
         self.addresses: dict[Path, str] = {}
-        for most in range(max(MOST_SNAPSHOTS // len(runs), 2), 0, -1):
-            self.shown = [spread(run.snapshots, most) for run in runs]
+        for most in range(max(MOST_SNAPSHOTS // len(runs), 4), 0, -1):
+            self.shown = [chosen(run.snapshots, most) for run in runs]
             self._encode([drawing.path for row in self.shown for snapshot in row for drawing in snapshot.drawings])
             if sum(map(len, self.addresses.values())) <= MOST_BYTES:
                 break
@@ -48,11 +49,9 @@ class Album:
         self.addresses = {path: found.get(path) or self.addresses[path] for path in paths}
 
 
-def spread(snapshots: Sequence[Snapshot], most: int) -> list[Snapshot]:
-    """At most so many, the last and, of two or more, the first among them."""
-    if most == 1 or len(snapshots) <= most:
-        return list(snapshots[-most:])
-    return [snapshots[round(k * (len(snapshots) - 1) / (most - 1))] for k in range(most)]
+def chosen(snapshots: Sequence[Snapshot], most: int) -> list[Snapshot]:
+    """At most so many, evenly spread, the last among them."""
+    return [snapshots[i] for i in spread(len(snapshots), most)] if most > 1 else list(snapshots[-1:])
 
 
 def encoded(path: Path) -> str:

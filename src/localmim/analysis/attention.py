@@ -15,6 +15,8 @@ from mindspore import Tensor, nn
 from localmim.evaluation.accuracy import filled_up
 from localmim.models.layers import Attended
 
+MOST_BYTES = 2**29  # of the attention of all layers in a forward pass
+
 
 class Window(NamedTuple):
     """Patches that attend to one another.
@@ -80,12 +82,16 @@ class AttentionReader:
 
     Args:
         encoder: Has `attention`, `attended` and `image_size`.
-        batch_size: Images a forward pass; the graph is compiled for it, once, and short batches are filled up.
+        batch_size: Images a forward pass; the graph is compiled for it, once, and short batches are filled up. It is
+            smaller where the weights of so many images would not fit into MOST_BYTES.
     """
 
     def __init__(self, encoder: nn.Cell, batch_size: int = 4):
-        self.encoder, self.batch_size = encoder, batch_size
+        self.encoder = encoder
         self.attended: list[Attended] = encoder.attended()
+        heads = max(encoder.embed_dim // 64, 1)  # about: fewer in a Swin's lower stages, where windows are many
+        image = 4 * heads * sum(a.tokens.size * a.tokens.shape[1] for a in self.attended)  # bytes
+        self.batch_size = min(batch_size, max(MOST_BYTES // image, 1))
         self.slots = [_slots(attended) for attended in self.attended]
         self.network = _Weights(encoder)
 

@@ -1,4 +1,4 @@
-"""Attention as pictures: what points of an image attend to, over the image; and the numbers of every layer as curves.
+"""Attention as pictures: what points of an image attend to, over the image.
 
 Each panel has a colour scale of its own, from nothing to its largest weight. What a Swin's window does not reach keeps
 its grey.
@@ -6,19 +6,15 @@ its grey.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from localmim.analysis.attention import AttentionReader, Layer
-from localmim.analysis.canvas import COLOURS, FAINT, INK, save, style
+from localmim.analysis.canvas import FAINT, INK, picture_path, save
 from localmim.analysis.images import Picture, as_rgb, load_pictures, nearest, shown
 from localmim.analysis.paper import BLOCK, GAP, LINE, MARGIN, Page
 from localmim.device import set_device
@@ -33,15 +29,6 @@ BOX, LINE_WIDTH, RED = 9, 2, (255, 30, 30)  # the box around a query: its least 
 SCALE = matplotlib.colormaps["viridis"]
 COVER, DARK, PALE = 0.72, 0.6, 0.5  # how much a map hides its image, how dark that is there, and how pale elsewhere
 STRIP = (12, 180)  # size of the colour scale
-STAGE = {  # how the name of a stage stands below the axis
-    "xycoords": ("data", "axes fraction"),
-    "xytext": (0, -18),
-    "textcoords": "offset points",
-    "ha": "center",
-    "va": "top",
-    "fontsize": 8.5,
-    "color": FAINT,
-}
 
 
 class Query(NamedTuple):
@@ -131,12 +118,13 @@ def page_of(picture: Picture, queries: Sequence[Query], layers: Sequence[Layer])
     page.skip(MARGIN)
     for number, query in enumerate(queries):
         page.skip(BLOCK if number else 0)
-        title = f"{Path(picture.name).name}, query {query.x:g},{query.y:g}"
+        title = f"{picture.name}, query {query.x:g},{query.y:g}"
         page.write(title, MARGIN, page.width - 2 * MARGIN, INK, bold=True)
         page.skip(LINE + GAP)
         for k, layer in enumerate(layers):
             patch = query.patch(picture, layer.grid)
-            title = f"{layer.name}: mean of {_heads(layer)} heads, then each"
+            heads = f"mean of {_heads(layer)} heads, then each" if _heads(layer) > 1 else "its only head"
+            title = f"{layer.name}: {heads}"
             page.write(title, rows, page.width - rows - MARGIN, INK)
             page.skip(LINE)
             if k == 0:
@@ -183,7 +171,7 @@ def _row(page: Page, layer: Layer, patch: int, small: np.ndarray, large: np.ndar
     page.paste(over(large, maps.mean(axis=0), patch), left)
     left += large.shape[1] + 2 * GAP
     image, abreast = _head(layer, small, large), _abreast(layer)
-    for first in range(0, len(maps), abreast):
+    for first in range(0, len(maps) if len(maps) > 1 else 0, abreast):
         for k, values in enumerate(maps[first : first + abreast]):
             page.paste(over(image, values, patch), left + k * (image.shape[1] + GAP))
         page.skip(len(image) + GAP)
@@ -240,9 +228,7 @@ def attention(
     Raises:
         UserError: A point lies outside, a layer does not exist, a file cannot be read, or the disk does not take one.
     """
-    path = Path(out) if out else (Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent) / "attention.png"
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out is {out}, expected a file that ends in .png")
+    path = picture_path(out, ckpt, "attention.png")
     if not query:
         raise UserError("no point is named: expected --query X,Y in pixels of the image")
     if Path(image).is_dir():
@@ -269,52 +255,3 @@ def attention(
     save_arrays(numbers, arrays)
     print(f"attention on {picture.name}: {path}, numbers: {numbers}")
     return path
-
-
-def draw_numbers(runs: Sequence[Mapping], path: str | Path) -> Path:
-    """Writes mutual information and mean distance against layers, models side by side, as a PNG.
-
-    Means over heads are lines, heads are dots. Where all models have the same stages, these are told apart.
-
-    Args:
-        runs: Each has a `label` and what `information.layer_numbers` gives.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        UserError: The disk does not take it.
-    """
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    longest = max((run["layers"] for run in runs), key=len)
-    alike = all(run["layers"] == longest[: len(run["layers"])] for run in runs)
-    titles = {"nmi": "normalised mutual information of query and key", "distance_px": "mean attention distance, pixels"}
-    for place, (key, title) in enumerate(titles.items()):
-        axes = figure.add_subplot(1, 2, 1 + place)
-        for run, colour in zip(runs, cycle(COLOURS)):
-            for x, heads in enumerate(run[key], 1):
-                axes.plot([x] * len(heads), heads, ".", color=colour, ms=5, alpha=0.3, mew=0)
-            means = [np.mean(heads) for heads in run[key]]
-            axes.plot(range(1, len(means) + 1), means, "o-", color=colour, lw=1.8, ms=4, label=run["label"])
-        style(axes, title)
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.03)
-        _name_layers(axes, longest if alike else [f"layer {k + 1}" for k in range(len(longest))])
-        if place == 0:
-            axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return save(figure, path)
-
-
-def _name_layers(axes: Axes, names: Sequence[str]) -> None:
-    """Ticks for layers such as "block 3", or "stage 2, block 1": then stages are told apart."""
-    every = math.ceil(len(names) / 24)
-    places = range(1, len(names) + 1)
-    axes.set_xticks(places[::every], [name.split()[-1] for name in names[::every]])
-    axes.grid(visible=False, axis="x")
-    stages = [name.split(", ")[0] for name in names] if "," in names[0] else []
-    for stage in dict.fromkeys(stages):
-        first = stages.index(stage) + 1
-        axes.annotate(stage, ((first + first + stages.count(stage) - 1) / 2, 0), **STAGE)
-        if first > 1:
-            axes.axvline(first - 0.5, color=FAINT, lw=0.7, ls=":")
-    axes.set_xlabel("block in its stage" if stages else names[0].split()[0], color=INK, labelpad=16 if stages else 4)

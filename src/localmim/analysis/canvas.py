@@ -18,6 +18,18 @@ INK, FAINT = "#222222", "#8a8a8a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f00", "#5e3c99")
 
 
+def picture_path(out: str, of: str, name: str) -> Path:
+    """Where a picture goes: `out`, or `name` in the folder `of`, or in that of the file `of`.
+
+    Raises:
+        UserError: `out` is no .png file.
+    """
+    path = Path(out) if out else (Path(of) if Path(of).is_dir() else Path(of).parent) / name
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UserError(f"--out is {path}, expected a file that ends in .png")
+    return path
+
+
 def style(axes: Axes, title: str) -> None:
     """Title on the left, light grid, no box."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)

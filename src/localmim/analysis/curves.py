@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,40 +12,41 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from localmim.analysis.canvas import COLOURS, INK, save, style
+from localmim.analysis.history import number
 from localmim.errors import UserError
 
 SMALL = (3.5, 2.4)  # inches: about as wide as a phone
 
 
-def loss_curve(metrics_jsonl_path: str, png_path: str, scale_names: Sequence[str] | None = None) -> Path:
+def loss_curve(records: Sequence[dict], png_path: str | Path, scale_names: Sequence[str] = ()) -> Path:
     """Draws loss, loss a scale, and learning rate against the step.
 
     Args:
-        metrics_jsonl_path: JSON lines; those with `step` and `loss` are drawn, and of them `loss_scales` (a list) and
-            `lr` where present. Other lines are left out. Of two lines with one step the later counts.
-        png_path: file to write; its folder is made.
-        scale_names: legend of the entries of `loss_scales`; None: "scale 1", "scale 2", ...
+        records: Of a run, by step (history.read_run); those with a loss are drawn, and of them `loss_scales` (a list)
+            and `lr` where present.
+        png_path: File to write; its folder is made.
+        scale_names: Legend of the entries of `loss_scales`; where they are fewer: "scale 1", "scale 2", ...
 
     Returns:
         The path of the picture.
 
     Raises:
-        UserError: the file is missing, has a line that is not JSON, or has no line with a loss.
+        UserError: No record has a loss.
     """
-    records = _read_losses(Path(metrics_jsonl_path))
-    steps = np.array(sorted(records))
-    lines = [records[step] for step in steps]
+    lines = [record for record in records if "loss" in record]
+    if not lines:
+        raise UserError("none of the run's records has a loss")
+    steps = np.array([line["step"] for line in lines])
     total = np.array([_number(line["loss"]) for line in lines])
     rates = np.array([_number(line.get("lr")) for line in lines])
-    count = max(len(line.get("loss_scales") or []) for line in lines)
+    parts = [line.get("loss_scales") for line in lines]
+    parts = [part if isinstance(part, list) else [] for part in parts]
+    count = max(map(len, parts))
     scales = np.full((count, len(lines)), np.nan)  # [scales, steps]
-    for i, line in enumerate(lines):
-        for k, value in enumerate(line.get("loss_scales") or []):
-            scales[k, i] = _number(value)
-    if scale_names is None:
-        scale_names = [f"scale {k + 1}" for k in range(count)]
+    for i, part in enumerate(parts):
+        scales[: len(part), i] = [_number(value) for value in part]
     if len(scale_names) < count:
-        raise UserError(f"{metrics_jsonl_path}: {count} losses a scale, but {len(scale_names)} names for them")
+        scale_names = [f"scale {k + 1}" for k in range(count)]
 
     figure = Figure(figsize=(11 if count else 6.5, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 2 if count else 1, height_ratios=(3, 1))
@@ -145,42 +145,25 @@ def _small_style(axes, below: str) -> None:
 
 
 def _zoom_on_late_part(axes, curves: np.ndarray) -> str:
-    """Cuts off a steep start that would flatten all the rest; returns what to say of it in the title. [curves, n]"""
-    late = curves[:, curves.shape[1] // 10 :]
-    if not np.isfinite(late).any():
+    """Cuts off steep starts that would flatten all the rest; returns what to say of it in the title. [curves, n]
+
+    The start is the first tenth of each curve.
+    """
+    finite = [curve[np.isfinite(curve)] for curve in curves]
+    late = np.concatenate([curve[len(curve) // 10 :] for curve in finite])
+    if not len(late):
         return ""
-    low, high = np.nanmin(late), np.nanmax(late)
+    low, high = late.min(), late.max()
     if high == low or np.nanmax(curves) < high + 2 * (high - low):
         return ""
     axes.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
     return " (its start is above the picture)"
 
 
-def _read_losses(path: Path) -> dict[int, dict]:
-    """Records with a loss, by step."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from None
-    records = {}
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            raise UserError(f"{path}: line {number} is not JSON") from None
-        if isinstance(line, dict) and "loss" in line and "step" in line:
-            records[int(line["step"])] = line
-    if not records:
-        raise UserError(f"{path}: has no line with a step and a loss")
-    return records
-
-
 def _number(value) -> float:
-    """The value as float; NaN, a gap in the curve, for null and for the strings that stand for non-finite numbers."""
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan
+    """A recorded number; NaN, a gap in the curve, for all that is not finite."""
+    found = number(value)
+    return found if math.isfinite(found) else math.nan
 
 
 def _curve(axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +23,20 @@ from localmim.training.environment import ENVIRONMENT
 from localmim.training.runlog import METRICS
 
 REPORT, SNAPSHOT = "report", "snapshot.json"  # RUN/report/step_00000200/snapshot.json
+PAGE = "report.html"
 PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+def snapshot_path(run: Path, step: int) -> Path:
+    """Where the snapshot of a run after a step is."""
+    return run / REPORT / f"step_{step:08d}"
+
+
+def drop_snapshots(run: Path, after: int) -> None:
+    """Removes those after a step: a run that goes on from there makes them anew, and another one has its own."""
+    for path in (run / REPORT).glob("step_*"):
+        if path.name > snapshot_path(run, after).name:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Drawing(NamedTuple):

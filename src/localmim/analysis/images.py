@@ -38,7 +38,8 @@ def load_pictures(images: Sequence[str], encoder: nn.Cell, data: DataConfig, cou
     """The images named, in order.
 
     Args:
-        images: Image files, and what else `data.dir` takes, of which `count` images are taken, evenly spread.
+        images: Image files, and folders, CIFAR binaries and MindRecord shards, of which `count` images each are taken,
+            evenly spread.
         encoder: Has `image_size` and `in_chans`.
         data: `data` of the recipe, whose mean and deviation normalise.
         count: Images of a folder or a pack.
@@ -54,7 +55,7 @@ def load_pictures(images: Sequence[str], encoder: nn.Cell, data: DataConfig, cou
         if where.is_file() and where.suffix != ".bin" and ".mindrecord" not in where.name:
             source, samples = FileSource(Path(), [str(where)], None, [], encoder.in_chans), [0]
         elif where.exists():
-            source = open_source(path, "auto", encoder.in_chans)
+            source = open_source(path, "auto", encoder.in_chans, called="IMAGE")
             samples = spread(len(source), count)
         else:
             raise UserError(f"{path} does not exist: expected an image, or a folder of images")

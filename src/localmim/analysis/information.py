@@ -22,9 +22,10 @@ from mindspore import nn
 from tqdm import tqdm
 
 from localmim.analysis.attention import AttentionReader, Layer
-from localmim.analysis.attention_pictures import draw_numbers
+from localmim.analysis.canvas import picture_path
 from localmim.analysis.history import labels
 from localmim.analysis.images import read_picture
+from localmim.analysis.layer_plots import draw_numbers
 from localmim.config import DataConfig
 from localmim.data.sources import Source, UnreadableImage, open_source, spread
 from localmim.device import set_device
@@ -126,9 +127,7 @@ def nmi(
             raise UserError(f"--{name} is {value}, expected at least 1")
     if not ckpt or len(set(ckpt)) < len(ckpt):
         raise UserError(f"--ckpt is {' '.join(ckpt)!r}, expected different runs, checkpoints or weights files")
-    path = Path(out) if out else (Path(ckpt[0]) if Path(ckpt[0]).is_dir() else Path(ckpt[0]).parent) / "nmi.png"
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out is {out}, expected a file that ends in .png")
+    path = picture_path(out, ckpt[0], "nmi.png")
     set_device(device)
     places = [_place(one) for one in ckpt]
     different = list(dict.fromkeys(places))
@@ -139,16 +138,19 @@ def nmi(
         fresh = number == len(ckpt)
         if fresh:
             model, step = untrained_model(config), 0
-        source = open_source(data_dir, "auto", model.encoder.in_chans)
+        source = open_source(data_dir, "auto", model.encoder.in_chans, called="--data-dir")
         samples = spread(len(source), count)
         batches = _batches(source, samples, model.encoder, config.data, batch_size)
         reader = AttentionReader(model.encoder, min(batch_size, len(samples)))
         bar = tqdm(batches, desc=names[place], unit="batch", total=-(-len(samples) // batch_size))
-        label = f"{names[place]}, " + ("untrained" if fresh else f"step {step}")
+        average = ", average" if Path(one).name == AVERAGE else ""
+        label = f"{names[place]}, " + ("untrained" if fresh else f"step {step}{average}")
+        if label in [run["label"] for run in runs]:
+            raise UserError(f"--ckpt names {label}, twice: expected different weights")
         runs.append({"label": label, "ckpt": str(one), "step": step, **layer_numbers(reader, bar)})
     draw_numbers(runs, path)
     written = path.with_suffix(".json")
-    replace_text(written, json.dumps({"data_dir": data_dir, "runs": runs}, indent=1, ensure_ascii=False) + "\n")
+    replace_text(written, json.dumps({"data_dir": data_dir, "runs": runs}, indent=1) + "\n")
     print(f"mutual information at each layer: {path}, numbers: {written}")
     return path
 

@@ -116,7 +116,7 @@ def summary(numbers: Sequence[dict]) -> Html:
     rows: list[tuple[str, Callable[[dict], str]]] = [
         ("Steps", lambda n: f"{n['steps']:,} of {n['planned_steps']:,}" if n["planned_steps"] else f"{n['steps']:,}"),
         ("Loss, first → last", lambda n: f"{figure(n['loss_first'], 3)} → {figure(n['loss_last'], 3)}"),
-        *[(f"{name}, %", lambda n, name=name: first_to_last(n, name)) for name in measures],
+        *[(f"{name}, %, first → last", lambda n, name=name: first_to_last(n, name)) for name in measures],
         ("Images a second (median)", lambda n: figure(n["images_per_s"], 3)),
         ("Waiting for images", lambda n: percent(n["data_wait_share"], 100)),
         ("Time in steps", lambda n: duration(n["training_s"])),
@@ -155,7 +155,7 @@ def reconstructions(runs: Sequence[Run], album: Album) -> list[Html]:
         strips = []
         for run, row in zip(runs, album.shown):
             found = [(s, d) for s in row for d in s.reconstructions if d.name == name]
-            strips.append([strip(found, album, f"reconstructions of {name} by {run.label}")])
+            strips.append([strip(found, album, f"reconstructions of {name} by {run.label}")] if found else [])
         pieces.append(image_article(name, runs, strips))
     return pieces
 
@@ -169,6 +169,9 @@ def attention(runs: Sequence[Run], numbers: Sequence[dict], album: Album) -> lis
         columns = []
         for run, row in zip(runs, album.shown):
             found = [(s, d) for s in row for d in s.attention if d.name == name]
+            if not found:
+                columns.append([])
+                continue
             column = [strip(found[-1:], album, f"attention on {name} by {run.label}")]
             if found[1:]:
                 older = strip(found[:-1], album, f"earlier attention on {name} by {run.label}")
@@ -179,16 +182,14 @@ def attention(runs: Sequence[Run], numbers: Sequence[dict], album: Album) -> lis
 
 
 def image_article(name: str, runs: Sequence[Run], columns: Sequence[Inner]) -> Html:
-    """What each run has of one image, side by side."""
+    """What each run has of one image, side by side; runs that have nothing are left out."""
     heads = [tag("h4", swatch(c), run.label) if len(runs) > 1 else "" for run, c in zip(runs, run_colours(len(runs)))]
-    inner = [tag("div", head, column) for head, column in zip(heads, columns)]
+    inner = [tag("div", head, column) for head, column in zip(heads, columns) if column]
     return tag("article", tag("h3", name), tag("div", inner, class_="side"))
 
 
 def strip(found: Sequence[tuple[Snapshot, Drawing]], album: Album, label: str) -> Html:
     """Pictures in a row that scrolls by itself."""
-    if not found:
-        return nothing("No picture of this image is recorded.")
     pictures = []
     for snapshot, drawing in found:
         said = f"step {snapshot.step:,}" + (f": {drawing.caption}" if drawing.caption else "")

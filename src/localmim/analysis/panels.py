@@ -39,7 +39,10 @@ def curve_panels(numbers: Sequence[dict]) -> Html:
             drawing, note = small_curves(curves, **options)
             panels.append(panel(title, drawing, note, curves if legend else []))
 
-    add("Loss", lines("loss"))
+    kinds = [(n["task"], n["recipe"].get("target.kind") if n["task"] == "pretrain" else "") for n in numbers]
+    for kind in dict.fromkeys(kinds):  # losses of two kinds cannot be compared
+        title = "Loss" if len(set(kinds)) == 1 else " ".join(filter(None, ["Loss,", *map(str, kind)]))
+        add(title, [line for line, own in zip(lines("loss"), kinds) if own == kind])
     for n in numbers:
         steps, parts, names = (n["series"][key] for key in ("step", "loss_parts", "loss_names"))
         curves = [Line(name, COLOURS[k % len(COLOURS)], steps, y) for k, (name, y) in enumerate(zip(names, parts))]

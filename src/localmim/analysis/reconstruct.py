@@ -14,6 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from localmim.analysis.canvas import picture_path
 from localmim.analysis.images import Picture, load_pictures
 from localmim.analysis.sheet import Reconstruction, Scale, draw
 from localmim.config import Config
@@ -168,7 +169,8 @@ def reconstruct(ckpt: str, images: Sequence[str], count: int = 6, out: str = "",
 
     Args:
         ckpt: A run's folder, one of its checkpoints, or a weights file.
-        images: Image files, and what else `data.dir` takes, of which `count` images are taken; 32 at most.
+        images: Image files, and folders, CIFAR binaries and MindRecord shards, of which `count` images each are taken;
+            32 at most.
         count: Images of a folder or a pack, evenly spread.
         out: PNG file; empty: reconstructions.png in the folder of `ckpt`.
         device: auto, CPU, GPU or Ascend.
@@ -179,9 +181,7 @@ def reconstruct(ckpt: str, images: Sequence[str], count: int = 6, out: str = "",
     Raises:
         UserError: The checkpoint has no decoders, an image cannot be read, or the disk does not take the files.
     """
-    path = Path(out) if out else (Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent) / "reconstructions.png"
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out is {out}, expected a file that ends in .png")
+    path = picture_path(out, ckpt, "reconstructions.png")
     set_device(device)
     config, model, _ = restore(ckpt)
     try:

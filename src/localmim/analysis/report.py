@@ -13,14 +13,21 @@ from pathlib import Path
 import numpy as np
 
 import localmim
-from localmim.analysis.history import Run, Snapshot, number, read_runs
+from localmim.analysis.history import PAGE, Run, Snapshot, number, read_runs
 from localmim.analysis.page import page
 from localmim.config import Config, ModelConfig
 from localmim.errors import UserError
 from localmim.files import replace_text
 
 POINTS = 400  # of a curve, at most
-MEASURES = {"val_top1": "Validation top-1", "knn_top1": "k-NN top-1"}  # percent
+MEASURES = {  # percent
+    "val_top1": "Validation top-1",
+    "val_top1_average": "Validation top-1, averaged weights",
+    "val_top5": "Validation top-5",
+    "val_top5_average": "Validation top-5, averaged weights",
+    "knn_top1": "k-NN top-1",
+    "knn_top1_average": "k-NN top-1, averaged weights",
+}
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path = "") -> Path:
@@ -38,9 +45,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path = "") -> Path:
             written. What is missing or damaged besides is named in the page.
     """
     found = read_runs(runs)
-    path = Path(out) if str(out) else found[0].folder / ("report.html" if len(found) == 1 else "comparison.html")
-    if path.suffix != ".html":
-        raise UserError(f"--out is {path}, expected a file that ends in .html")
+    path = Path(out) if str(out) else found[0].folder / (PAGE if len(found) == 1 else "comparison.html")
+    if path.suffix != ".html" or path.is_dir() or path.with_suffix(".json").is_dir():
+        raise UserError(f"--out is {path}, expected a file that ends in .html, with room for one in .json beside it")
     numbers = [numbers_of(run) for run in found]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -130,6 +130,7 @@ def _legend(found: Reconstruction) -> str:
     said = [f"{scale.name[:1].upper()}{scale.name[1:]}."] if len(found.scales) == 1 else []
     if scale.kind == "hog":
         said.append("Strokes lie along the edges that HOG counts, the brighter the more it does.")
+        said.append("An even star: no direction more than another.")
     if scale.kind == "codebook":
         said.append("Each entry of the codebook has a colour.")
     said.append("Prediction: hidden cells alone, since no loss reads the others.")

@@ -17,8 +17,8 @@ from mindspore import nn
 
 from localmim.analysis.attention import AttentionReader
 from localmim.analysis.attention_pictures import draw_maps
-from localmim.analysis.history import REPORT, SNAPSHOT
-from localmim.analysis.images import Picture, read_picture
+from localmim.analysis.history import REPORT, SNAPSHOT, snapshot_path
+from localmim.analysis.images import Picture, read_picture, shown
 from localmim.analysis.information import layer_numbers
 from localmim.analysis.reconstruct import Reconstructor, draw
 from localmim.config import Config
@@ -30,12 +30,8 @@ from localmim.training.restore import model_of
 from localmim.training.runlog import METRICS
 
 RECONSTRUCTED, ATTENDED, MEASURED = 4, 2, 32  # images
-BATCH = 4  # images a forward pass
-
-
-def snapshot_path(output: Path, step: int) -> Path:
-    """The snapshot of the run in `output` after a step."""
-    return output / REPORT / f"step_{step:08d}"
+BATCH = 4  # images a forward pass at most
+LONGEST = 512  # side of an image that is kept for drawing, pixels
 
 
 class Snapshots:
@@ -72,7 +68,7 @@ class Snapshots:
             aside.mkdir(parents=True, exist_ok=True)
             about = {"step": step, **self.contents(aside)}
             about["took_s"] = round(time.perf_counter() - begin, 2)
-            (aside / SNAPSHOT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (aside / SNAPSHOT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(path, ignore_errors=True)
             os.replace(aside, path)
         except OSError as error:
@@ -94,10 +90,10 @@ class Snapshots:
                 draw([found], folder / name)
                 about["reconstructions"].append({"name": found.name, "picture": name})
         about["attention"] = []
-        for i, shown in enumerate(self.drawn[:ATTENDED]):
+        for i, one in enumerate(self.drawn[:ATTENDED]):
             name = f"attention_{i}.png"
-            caption = draw_maps(self.reader, shown, folder / name)
-            about["attention"].append({"name": shown.name, "picture": name, "caption": caption})
+            caption = draw_maps(self.reader, one, folder / name)
+            about["attention"].append({"name": one.name, "picture": name, "caption": caption})
         batches = (self.inputs[i : i + BATCH] for i in range(0, len(self.inputs), BATCH))
         about["numbers"] = layer_numbers(self.reader, batches)
         return about
@@ -114,7 +110,9 @@ def add_missing(run: Path) -> str:
         checkpoint = read_checkpoint(run)
         config, model = model_of(checkpoint)
         where = config.data.val_dir or config.data.dir
-        source = open_source(where, config.data.format, model.encoder.in_chans, evaluation=True)
+        source = open_source(
+            where, config.data.format, model.encoder.in_chans, evaluation=True, called="data.val_dir or data.dir"
+        )
         path = Snapshots(config, model, source, run).take(checkpoint.step)
     except UserError as error:
         return f"no pictures of {run}: {error}"
@@ -127,17 +125,13 @@ def some_pictures(source: Source, config: Config, encoder: nn.Cell) -> tuple[lis
     Raises:
         UserError: There are none.
     """
-    samples = spread(len(source), MEASURED)
-    to_draw = {samples[i] for i in spread(len(samples), RECONSTRUCTED)}
-    drawn, inputs = [], []
-    for sample in samples:
+    found = []
+    for sample in spread(len(source), MEASURED):
         try:
-            found = read_picture(source, sample, encoder, config.data)
+            one = read_picture(source, sample, encoder, config.data)
         except UnreadableImage:  # training says so
             continue
-        inputs.append(found.inputs)
-        if sample in to_draw:
-            drawn.append(found)
-    if not drawn:
+        found.append(one._replace(pixels=shown(one.pixels, min(LONGEST, max(one.pixels.shape[:2])))))
+    if not found:
         raise UserError("none of the images for the report can be read")
-    return drawn, np.stack(inputs)
+    return [found[i] for i in spread(len(found), RECONSTRUCTED)], np.stack([one.inputs for one in found])

@@ -296,7 +296,9 @@ class MindRecordSource(Source):
         return sum(os.path.getsize(file) for file in self.files)
 
 
-def open_source(path: str, format: str = "auto", in_chans: int = 3, evaluation: bool = False) -> Source:
+def open_source(
+    path: str, format: str = "auto", in_chans: int = 3, evaluation: bool = False, called: str = "data.dir"
+) -> Source:
     """Opens what `data.dir` names.
 
     Args:
@@ -305,10 +307,18 @@ def open_source(path: str, format: str = "auto", in_chans: int = 3, evaluation: 
         format: auto, folder, list, cifar10, cifar100 or mindrecord.
         in_chans: channels that the model expects.
         evaluation: of a CIFAR folder take the test part, not the training part.
+        called: what the user knows it by, for errors.
 
     Raises:
         UserError: nothing there, or something else than expected.
     """
+    try:
+        return _open(path, format, in_chans, evaluation)
+    except UserError as error:
+        raise UserError(str(error).replace("data.dir", called, 1)) from error.__cause__
+
+
+def _open(path: str, format: str, in_chans: int, evaluation: bool) -> Source:
     if not path:
         raise UserError("data.dir is not set: a folder of images, a list file, CIFAR binaries or MindRecord shards")
     where = Path(path).expanduser()

@@ -47,7 +47,7 @@ def knn(
     set_device(device)
     folders = [str(Path(data_dir) / part) for part in ("train", "val")]
     config, trained, step = restore(ckpt)
-    pair = open_pair(*folders, trained.encoder.in_chans)
+    pair = open_pair(*folders, trained.encoder.in_chans, called=("--data-dir",) * 2)
     result = {"step": step}
     for name, model in (("untrained", untrained_model(config)), ("trained", trained)):
         network = pooled(model.encoder, pool)
@@ -74,7 +74,7 @@ def features(
         raise UserError(f"--out is {out}, expected a file that ends in .npz, in a folder that exists")
     set_device(device)
     config, model, _ = restore(ckpt)
-    source = open_source(data_dir, "auto", model.encoder.in_chans)
+    source = open_source(data_dir, "auto", model.encoder.in_chans, called="--data-dir")
     values, labels, samples = extract_features(pooled(model.encoder, pool), source, config.data, batch_size)
     names = np.asarray([source.name(int(i)) for i in samples])
     aside = path.with_name(f".{path.name}")

@@ -78,8 +78,9 @@ def accuracy_of(
     if not path:
         raise UserError("no images to evaluate on: give --data-dir, the recipe has no data.val_dir")
     model = model_of(checkpoint, recipe, average)
-    source = open_source(path, "auto" if data_dir else recipe.data.format, model.encoder.in_chans, evaluation=True)
-    names = labelled(source, "--data-dir" if data_dir else "data.val_dir", path)
+    format, called = ("auto", "--data-dir") if data_dir else (recipe.data.format, "data.val_dir")
+    source = open_source(path, format, model.encoder.in_chans, evaluation=True, called=called)
+    names = labelled(source, called, path)
     classes = checkpoint.classes
     if not classes and len(names) != model.num_classes:
         raise UserError(f"{path} has {len(names)} classes, the classifier {model.num_classes}, and knows no names")
@@ -112,7 +113,8 @@ def neighbours_of(
             "a model without classes is evaluated by k-NN: give --data-dir with class folders in train/ and val/"
         )
     model = model_of(checkpoint, recipe, average)
-    pair = open_pair(*folders, model.encoder.in_chans, format)
+    called = ("--data-dir",) * 2 if data_dir else ("data.dir", "data.val_dir")
+    pair = open_pair(*folders, model.encoder.in_chans, format, called)
     return {**neighbours(pooled(model.encoder), *pair, recipe.data, batch_size=batch_size), "average": average}
 
 

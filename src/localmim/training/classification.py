@@ -87,7 +87,9 @@ class Classification(Task):
             self.model.norm.share(ranks.world)
         self.val = None
         if config.data.val_dir:
-            self.val = open_source(config.data.val_dir, config.data.format, in_chans, evaluation=True)
+            self.val = open_source(
+                config.data.val_dir, config.data.format, in_chans, evaluation=True, called="data.val_dir"
+            )
             labelled(self.val, "data.val_dir", config.data.val_dir)
             self.val_numbers = class_numbers(self.val, self.classes, config.data.val_dir)
 

@@ -37,7 +37,7 @@ def add_session(output: Path, step: int, device: str, devices: int, precision: s
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "step": step,
         "localmim": localmim.__version__,
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
@@ -48,7 +48,7 @@ def add_session(output: Path, step: int, device: str, devices: int, precision: s
         "precision": precision,
         "command": " ".join(sys.argv),
     }
-    replace_text(path, json.dumps([*read_sessions(path), session], indent=1, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps([*read_sessions(path), session], indent=1) + "\n")
 
 
 def read_sessions(path: Path) -> list[dict]:
@@ -58,6 +58,14 @@ def read_sessions(path: Path) -> list[dict]:
     except (OSError, ValueError):
         return []
     return [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+
+
+def version(package: str) -> str:
+    """Of a package that is installed, as a distribution or by other means."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def processor() -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 from mindspore import nn
 
+from localmim.analysis.history import PAGE, drop_snapshots, snapshot_path
 from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
@@ -253,9 +254,9 @@ class Run:
         return steps > 0 and self.step % steps == 0
 
     def report_is_due(self) -> bool:
-        """Whether the config asks for a report after the step just made."""
+        """Whether the config asks for a report after the step just made, or before the first."""
         every, last = self.config.report_every, self.step == self.last_step
-        return every is not None and self.step > 0 and is_due(every, self.step, self.steps_per_epoch, last)
+        return every is not None and is_due(every, self.step, self.steps_per_epoch, last)
 
     # ---- Steps
 
@@ -349,6 +350,7 @@ def train(config: Config) -> None:
     config, first = run.config, run.ranks.first
     if first:
         write_config(run.output, config)
+        drop_snapshots(run.output, run.step)
         add_session(run.output, run.step, run.device, run.ranks.world, config.precision)
     open_log = RunLog(run.output, run.last_step, run.logged) if first else NoLog()
     with stop_signals() as received, open_log as log, warnings_to(log):
@@ -428,17 +430,20 @@ class Rows:
 
 
 def report(run: Run, log: RunLog | NoLog) -> None:
-    """Adds this moment to the run's report, unless it is there. Whatever goes wrong with it, the run goes on."""
+    """Adds this moment to the run's report, as far as it is not there. Whatever goes wrong with it, the run goes on."""
     from localmim.analysis.report import write_report  # here: drawing takes a second to import
-    from localmim.analysis.snapshot import Snapshots, snapshot_path
+    from localmim.analysis.snapshot import Snapshots
 
-    if run.ranks.first and not snapshot_path(run.output, run.step).exists():
+    if run.ranks.first:
         try:
-            if run.snapshots is None:
-                run.snapshots = Snapshots(run.config, run.model, run.task.shown, run.output)
-            run.snapshots.take(run.step)
-            log.message(f"report: {write_report([run.output])}")
-        except Exception as error:
+            snapshot, page = snapshot_path(run.output, run.step), run.output / PAGE
+            if not snapshot.exists():
+                if run.snapshots is None:
+                    run.snapshots = Snapshots(run.config, run.model, run.task.shown, run.output)
+                run.snapshots.take(run.step)
+            if run.step and not (page.exists() and page.stat().st_mtime >= snapshot.stat().st_mtime):
+                log.message(f"report: {write_report([run.output])}")
+        except Exception as error:  # an operator without memory, a full disk, ...
             log.message(f"step {run.step}: no report, {' '.join(str(error).split()) or type(error).__name__}")
         run.model.set_train(True)
     run.ranks.agree(None, "writing the report")
@@ -447,7 +452,8 @@ def report(run: Run, log: RunLog | NoLog) -> None:
 def measure(run: Run, log: RunLog | NoLog) -> dict[str, float]:
     """What the task measures now, told as well."""
     measured = run.evaluate()
-    log.message(f"step {run.step}: " + ", ".join(f"{key} {value:.2f}" for key, value in measured.items()))
+    if measured:
+        log.message(f"step {run.step}: " + ", ".join(f"{key} {value:.2f}" for key, value in measured.items()))
     return measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -11,9 +12,9 @@ from localmim.config import Config
 from localmim.data.pipeline import Batch
 from localmim.data.sources import Source, open_source
 from localmim.distributed import Ranks
-from localmim.errors import UserError
+from localmim.errors import RunError, UserError
 from localmim.evaluation.features import pooled
-from localmim.evaluation.neighbours import neighbours, open_pair
+from localmim.evaluation.neighbours import open_pair, shared_neighbours
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.models.layers import linear_rates
@@ -23,7 +24,10 @@ from localmim.training.initial import go_on_pretraining
 from localmim.training.optimizer import Group, pretraining_groups
 from localmim.training.task import Task, is_due
 
-KNN_MOST = (10_000, 2_500)  # images of data.dir and of data.val_dir that k-NN takes at most
+KNN_MOST = (5_000, 1_000)  # images of data.dir and of data.val_dir that k-NN takes at most
+
+
+log = logging.getLogger("localmim.training")
 
 
 class DroppedLoss(nn.Cell):
@@ -68,12 +72,14 @@ class Pretraining(Task):
         if isinstance(self.tokenizer, StoredIds):
             require_fixed_crops(config.data, encoder.image_size)
             self.tokenizer.check(self.source)
-        self.ranks, self.labelled, self.features = ranks, None, None
+        self.ranks, self.val, self.labelled, self.features, self.without = ranks, None, None, None, ""
         if config.data.val_dir and config.report_every is not None:
+            data, called = config.data, ("data.dir", "data.val_dir")
+            self.val = open_source(data.val_dir, data.format, encoder.in_chans, evaluation=True, called=called[1])
             try:
-                self.labelled = open_pair(config.data.dir, config.data.val_dir, encoder.in_chans, config.data.format)
+                self.labelled = open_pair(data.dir, data.val_dir, encoder.in_chans, data.format, called)
             except UserError as error:
-                raise UserError(f"data.val_dir, for k-NN at each report: {error}") from error
+                self.without = str(error)
         target = config.target
         files = {"codebook": target.codebook if target.kind == "codebook" else [], "features": target.features}
         self.digests = {key: fingerprint(names) if names else None for key, names in files.items()}
@@ -104,35 +110,37 @@ class Pretraining(Task):
         lines = [self.masking.describe()]
         if encoder.idle():
             lines.append(f"{encoder.idle()} lie above the last tap and are not trained")
+        if self.labelled is not None:
+            lines.append(f"k-NN at each report, of at most {KNN_MOST[0]} and {KNN_MOST[1]} images")
+        elif self.without:
+            lines.append(f"no k-NN at the reports: {self.without}")
         if self.drops:
             lines.append(f"stochastic depth: a rate of {self.model.drop_path:g} in the last block, 0 in the first")
         return lines
 
     @property
     def shown(self) -> Source:
-        return self.source if self.labelled is None else self.labelled[1]
+        return self.source if self.val is None else self.val
 
     def evaluation_is_due(self, step: int, steps_per_epoch: int, last: bool) -> bool:
         return self.labelled is not None and is_due(self.config.report_every, step, steps_per_epoch, last)
 
     def evaluate(self) -> dict[str, float]:
-        """Top-1 of weighted 20-NN on data.val_dir, percent; the first device measures it."""
-        top1, error = 0.0, None
-        if self.ranks.first:
-            if self.features is None:
-                self.features = pooled(self.model.encoder)
-            try:
-                k = min(20, len(self.labelled[0]))
-                found = neighbours(self.features, *self.labelled, self.config.data, k, most=KNN_MOST, bar=False)
-                top1 = found["top1"]
-            except UserError as failed:
-                error = failed
+        """Top-1 of weighted k-NN on data.val_dir, percent. It is beside the run: where it fails, that is told."""
+        if self.features is None:
+            self.features = pooled(self.model.encoder)
+        try:
+            found = shared_neighbours(self.features, *self.labelled, self.config.data, self.ranks, KNN_MOST)
+        except RunError as error:
+            log.warning("no k-NN: %s", error)
+            return {}
+        finally:
             self.model.set_train(True)
-        self.ranks.agree(error, "k-NN")
-        return {"knn_top1": float(self.ranks.gather(top1)[0][0])}
+        return {"knn_top1": found["top1"]}
 
     def fingerprints(self) -> dict[str, str]:
-        return {f"target.{key}": json.dumps(digest) for key, digest in self.digests.items() if digest}
+        files = {f"target.{key}": json.dumps(digest) for key, digest in self.digests.items() if digest}
+        return {**files, "whether data.dir and data.val_dir allow k-NN": str(self.labelled is not None)}
 
     def state(self) -> dict:
         return self.digests

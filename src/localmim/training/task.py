@@ -16,8 +16,7 @@ from localmim.training.optimizer import Group
 
 def is_due(every: float, step: int, steps_per_epoch: int, last: bool) -> bool:
     """Whether what comes every so many epochs, and at the end, comes after a step; 0: only at the end."""
-    steps = round(every * steps_per_epoch)
-    return last or (steps > 0 and step % steps == 0)
+    return last or (every > 0 and step % max(round(every * steps_per_epoch), 1) == 0)
 
 
 class Task(ABC):
