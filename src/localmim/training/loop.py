@@ -8,9 +8,7 @@ same. The first one alone writes.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ import numpy as np
 import yaml
 from mindspore import nn
 
-from localmim.analysis.history import PAGE, drop_snapshots, snapshot_path
 from localmim.config import Config, config_from_dict
 from localmim.convert.load import load_weights, weights_of
 from localmim.data.pipeline import Batch, TrainPipeline
@@ -37,13 +34,14 @@ from localmim.training.layout import Layout, begin_layout, changes, resumed_layo
 from localmim.training.optimizer import AdamW, Group, Momentum, WeightAverage
 from localmim.training.pace import Estimate, Pace
 from localmim.training.pretraining import Pretraining
-from localmim.training.runlog import NoLog, RunLog
+from localmim.training.reports import Reports
+from localmim.training.runlog import NoLog, RunLog, warnings_to
 from localmim.training.same_recipe import refuse_other_recipe, shared_by_machines
 from localmim.training.schedule import build_schedule, scaled_lr
 from localmim.training.sink import Row, require_sink, sunk
 from localmim.training.step import LossScaler, StepResult, TrainStep
 from localmim.training.stop import stop_signals
-from localmim.training.task import Task, is_due
+from localmim.training.task import Task
 
 TASKS: dict[str, type[Task]] = {
     "pretrain": Pretraining,
@@ -119,7 +117,7 @@ class Run:
         self.step = self.updates = self.skipped = self.bad_in_a_row = 0
         self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
         self.recorded = True
-        self.snapshots = None  # made when the first is taken (analysis/snapshot.py)
+        self.reports = Reports(self.task, self.output, self.ranks)
         if newest is None:
             self.beginning = self.task.begin()
             if self.average is not None:
@@ -255,8 +253,7 @@ class Run:
 
     def report_is_due(self) -> bool:
         """Whether the config asks for a report after the step just made, or before the first."""
-        every, last = self.config.report_every, self.step == self.last_step
-        return every is not None and is_due(every, self.step, self.steps_per_epoch, last)
+        return self.reports.are_due(self.step, self.steps_per_epoch, self.step == self.last_step)
 
     # ---- Steps
 
@@ -345,12 +342,12 @@ def train(config: Config) -> None:
         if run.ranks.first:
             print("\n".join([*run.beginning, f"{run.output} is complete: {run.step} steps are done"]))
         if run.report_is_due():
-            report(run, NoLog())
+            run.reports.add(run.step, NoLog().message)
         return
     config, first = run.config, run.ranks.first
     if first:
         write_config(run.output, config)
-        drop_snapshots(run.output, run.step)
+        run.reports.begin(run.step)
         add_session(run.output, run.step, run.device, run.ranks.world, config.precision)
     open_log = RunLog(run.output, run.last_step, run.logged) if first else NoLog()
     with stop_signals() as received, open_log as log, warnings_to(log):
@@ -361,7 +358,7 @@ def train(config: Config) -> None:
             log.sync()
             path = run.save()
         if run.report_is_due():
-            report(run, log)
+            run.reports.add(run.step, log.message)
         pace = Pace(run.ranks)
         estimate = Estimate(run.total_steps, run.last_step, config.epochs, run.layout.world)
         rows = Rows(run)
@@ -402,7 +399,7 @@ def train(config: Config) -> None:
 
             # ---- Reports
             if run.report_is_due():
-                report(run, log)
+                run.reports.add(run.step, log.message)
                 pace.begin()
                 estimate.begin()
             if run.step == run.last_step:
@@ -427,26 +424,6 @@ class Rows:
                 step += 1
                 if step == self.run.last_step:
                     return
-
-
-def report(run: Run, log: RunLog | NoLog) -> None:
-    """Adds this moment to the run's report, as far as it is not there. Whatever goes wrong with it, the run goes on."""
-    from localmim.analysis.report import write_report  # here: drawing takes a second to import
-    from localmim.analysis.snapshot import Snapshots
-
-    if run.ranks.first:
-        try:
-            snapshot, page = snapshot_path(run.output, run.step), run.output / PAGE
-            if not snapshot.exists():
-                if run.snapshots is None:
-                    run.snapshots = Snapshots(run.config, run.model, run.task.shown, run.output)
-                run.snapshots.take(run.step)
-            if run.step and not (page.exists() and page.stat().st_mtime >= snapshot.stat().st_mtime):
-                log.message(f"report: {write_report([run.output])}")
-        except Exception as error:  # an operator without memory, a full disk, ...
-            log.message(f"step {run.step}: no report, {' '.join(str(error).split()) or type(error).__name__}")
-        run.model.set_train(True)
-    run.ranks.agree(None, "writing the report")
 
 
 def measure(run: Run, log: RunLog | NoLog) -> dict[str, float]:
@@ -516,21 +493,3 @@ def write_config(output: Path, config: Config) -> None:
     except OSError as error:
         raise UserError(f"cannot write to output_dir {output}: {error.strerror}") from error
     replace_text(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-
-
-@contextlib.contextmanager
-def warnings_to(log: RunLog):
-    """Warnings of this package appear above the bar instead of through it."""
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            log.message(record.getMessage())
-
-    logger, handler = logging.getLogger("localmim"), Handler()
-    logger.addHandler(handler)
-    before, logger.propagate = logger.propagate, False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = before

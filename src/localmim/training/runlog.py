@@ -175,6 +175,24 @@ class NoLog:
         """Nothing."""
 
 
+@contextlib.contextmanager
+def warnings_to(log: RunLog | NoLog):
+    """Warnings of this package appear above the bar instead of through it."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            log.message(record.getMessage())
+
+    logger, handler = logging.getLogger("localmim"), Handler()
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
 class _Terminal:
     """stderr as it is now. One that is gone, as that of a closed session, is no reason to stop a run."""
 
