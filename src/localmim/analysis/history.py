@@ -33,10 +33,14 @@ def snapshot_path(run: Path, step: int) -> Path:
 
 
 def drop_snapshots(run: Path, after: int) -> None:
-    """Removes those after a step: a run that goes on from there makes them anew, and another one has its own."""
-    for path in (run / REPORT).glob("step_*"):
-        if path.name > snapshot_path(run, after).name:
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes those after a step: a run that goes on from there makes them anew, and another one has its own.
+
+    What a kill has left half made goes as well.
+    """
+    last = snapshot_path(run, after).name
+    late = [path for path in (run / REPORT).glob("step_*") if path.name > last]
+    for path in [*late, *(run / REPORT).glob(".step_*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class Drawing(NamedTuple):
