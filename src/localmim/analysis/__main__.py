@@ -13,10 +13,10 @@ from localmim import cli
 from localmim.analysis.attention_pictures import attention
 from localmim.analysis.canvas import picture_path
 from localmim.analysis.curves import loss_curve
-from localmim.analysis.history import read_run
+from localmim.analysis.history import read_run, read_runs
 from localmim.analysis.information import nmi
 from localmim.analysis.reconstruct import reconstruct
-from localmim.analysis.report import write_report
+from localmim.analysis.report import page_path, write_report
 from localmim.analysis.snapshot import add_missing
 from localmim.device import set_device
 
@@ -54,6 +54,7 @@ def report(run: Sequence[str], out: str = "", device: str = "auto") -> Path:
     Raises:
         UserError: There is no run, it has made no step, or the disk does not take the files.
     """
+    page_path(read_runs(run), out)
     set_device(device)
     for folder in run:
         if line := add_missing(Path(folder)):

@@ -45,9 +45,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path = "") -> Path:
             written. What is missing or damaged besides is named in the page.
     """
     found = read_runs(runs)
-    path = Path(out) if str(out) else found[0].folder / (PAGE if len(found) == 1 else "comparison.html")
-    if path.suffix != ".html" or path.is_dir() or path.with_suffix(".json").is_dir():
-        raise UserError(f"--out is {path}, expected a file that ends in .html, with room for one in .json beside it")
+    path = page_path(found, out)
     numbers = [numbers_of(run) for run in found]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +54,14 @@ def write_report(runs: Sequence[str | Path], out: str | Path = "") -> Path:
     content = {"localmim": localmim.__version__, "runs": plain(numbers)}
     replace_text(path.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
     replace_text(path, page(found, numbers))
+    return path
+
+
+def page_path(runs: Sequence[Run], out: str | Path) -> Path:
+    """Where the page goes. UserError where it cannot."""
+    path = Path(out) if str(out) else runs[0].folder / (PAGE if len(runs) == 1 else "comparison.html")
+    if path.suffix != ".html" or path.is_dir() or path.with_suffix(".json").is_dir():
+        raise UserError(f"--out is {path}, expected a file that ends in .html, with room for one in .json beside it")
     return path
 
 
