@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from localmim.errors import UserError
+from localmim.files import replaced
 
 DPI = 150
 INK, FAINT = "#222222", "#8a8a8a"
@@ -48,15 +49,9 @@ def save(figure: Figure, path: str | os.PathLike) -> Path:
         UserError: The disk does not take it.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(path) as aside:
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_figure(aside, dpi=DPI, format="png", facecolor="white")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

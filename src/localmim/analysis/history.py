@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -262,12 +263,15 @@ def _drawings(folder: Path, entries, notes: list[str]) -> list[Drawing]:
 def _png_size(path: Path) -> tuple[int, int] | None:
     """Width and height of a PNG file; None when it is none or its end is missing."""
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:  # its two ends: a long run has many
+            head = file.read(24)
+            file.seek(max(file.seek(0, os.SEEK_END) - 16, 0))
+            tail = file.read()
     except OSError:
         return None
-    if not content.startswith(PNG_BEGIN) or PNG_END not in content[-16:]:
+    if not head.startswith(PNG_BEGIN) or PNG_END not in tail:
         return None
-    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
 def _layer_numbers(values, notes: list[str]) -> LayerNumbers | None:

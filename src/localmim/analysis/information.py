@@ -26,12 +26,12 @@ from localmim.analysis.canvas import picture_path
 from localmim.analysis.history import labels
 from localmim.analysis.images import read_picture
 from localmim.analysis.layer_plots import draw_numbers
-from localmim.config import DataConfig
+from localmim.config import Config, DataConfig, config_from_dict
 from localmim.data.sources import Source, UnreadableImage, open_source, spread
 from localmim.device import set_device
 from localmim.errors import UserError
 from localmim.files import replace_text
-from localmim.training.checkpoint import AVERAGE, WEIGHTS
+from localmim.training.checkpoint import AVERAGE, WEIGHTS, read_checkpoint
 from localmim.training.restore import restore, untrained_model
 
 
@@ -133,21 +133,26 @@ def nmi(
     different = list(dict.fromkeys(places))
     names = dict(zip(different, labels(different)))
     runs = []
-    for number, (one, place) in enumerate(zip([*ckpt, *ckpt[: int(untrained)]], [*places, *places[:1]])):
-        config, model, step = restore(one)
-        fresh = number == len(ckpt)
-        if fresh:
-            model, step = untrained_model(config), 0
-        source = open_source(data_dir, "auto", model.encoder.in_chans, called="--data-dir")
-        samples = spread(len(source), count)
-        batches = _batches(source, samples, model.encoder, config.data, batch_size)
-        reader = AttentionReader(model.encoder, min(batch_size, len(samples)))
-        bar = tqdm(batches, desc=names[place], unit="batch", total=-(-len(samples) // batch_size))
-        average = ", average" if Path(one).name == AVERAGE else ""
-        label = f"{names[place]}, " + ("untrained" if fresh else f"step {step}{average}")
+
+    def add(one: str, place: Path, when: str, step: int, config: Config, encoder: nn.Cell) -> None:
+        """A model's numbers."""
+        label = f"{names[place]}, {when}"
         if label in [run["label"] for run in runs]:
             raise UserError(f"--ckpt names {label}, twice: expected different weights")
+        source = open_source(data_dir, "auto", encoder.in_chans, called="--data-dir")
+        samples = spread(len(source), count)
+        batches = _batches(source, samples, encoder, config.data, batch_size)
+        reader = AttentionReader(encoder, min(batch_size, len(samples)))
+        bar = tqdm(batches, desc=names[place], unit="batch", total=-(-len(samples) // batch_size))
         runs.append({"label": label, "ckpt": str(one), "step": step, **layer_numbers(reader, bar)})
+
+    for one, place in zip(ckpt, places):
+        config, model, step = restore(one)
+        average = ", average" if Path(one).name == AVERAGE else ""
+        add(one, place, f"step {step}{average}", step, config, model.encoder)
+    if untrained:
+        config = config_from_dict(read_checkpoint(ckpt[0]).config)
+        add(ckpt[0], places[0], "untrained", 0, config, untrained_model(config).encoder)
     draw_numbers(runs, path)
     written = path.with_suffix(".json")
     replace_text(written, json.dumps({"data_dir": data_dir, "runs": runs}, indent=1) + "\n")

@@ -18,6 +18,7 @@ from localmim.analysis.page import page
 from localmim.config import Config, ModelConfig
 from localmim.errors import UserError
 from localmim.files import replace_text
+from localmim.training.same_recipe import flatten
 
 POINTS = 400  # of a curve, at most
 MEASURES = {  # percent
@@ -98,7 +99,7 @@ def numbers_of(run: Run) -> dict:
         "snapshots": [snapshot.step for snapshot in run.snapshots],
         "evaluations": run.evaluations,
         "sessions": run.sessions,
-        "recipe": flat(run.recipe),
+        "recipe": flatten(run.recipe),
         "chosen": chosen(run.recipe),
         "notes": run.notes,
     }
@@ -157,22 +158,14 @@ def layers(snapshot: Snapshot) -> dict:
     return {"step": snapshot.step, "layers": snapshot.numbers.layers, "nmi": nmi, "distance_px": distance}
 
 
-def flat(values: dict, above: str = "") -> dict:
-    """A nested dict with dotted keys."""
-    result = {}
-    for key, value in values.items():
-        result |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return result
-
-
 def chosen(recipe: dict) -> dict:
     """Task, model, and every key whose value is not the default of this task and method, dotted."""
     name, task = section(recipe, "model").get("name"), recipe.get("task")
     if not isinstance(name, str) or not isinstance(task, str):
-        return flat(recipe)
-    default = flat(Config(task=task, model=ModelConfig(name=name)).as_dict())
+        return flatten(recipe)
+    default = flatten(Config(task=task, model=ModelConfig(name=name)).as_dict())
     always = ("task", "model.name")
-    return {k: v for k, v in flat(recipe).items() if k in always or k not in default or v != default[k]}
+    return {k: v for k, v in flatten(recipe).items() if k in always or k not in default or v != default[k]}
 
 
 def section(recipe: dict, key: str) -> dict:

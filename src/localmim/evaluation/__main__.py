@@ -9,7 +9,6 @@ features: pooled features of the images in DIR as an .npz file with `features` [
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from localmim.device import set_device
 from localmim.errors import UserError
 from localmim.evaluation.features import extract_features, pooled
 from localmim.evaluation.neighbours import neighbours, open_pair
+from localmim.files import save_arrays
 from localmim.training.restore import restore, untrained_model
 
 
@@ -77,12 +77,8 @@ def features(
     source = open_source(data_dir, "auto", model.encoder.in_chans, called="--data-dir")
     values, labels, samples = extract_features(pooled(model.encoder, pool), source, config.data, batch_size)
     names = np.asarray([source.name(int(i)) for i in samples])
-    aside = path.with_name(f".{path.name}")
-    try:
-        np.savez(aside, features=values, labels=labels, names=names, classes=list(source.class_names), pool=pool)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    arrays = {"features": values, "labels": labels, "names": names, "classes": list(source.class_names), "pool": pool}
+    save_arrays(path, arrays, compress=False)
     print(f"{len(values)} x {values.shape[1]} features: {path}")
 
 

@@ -28,14 +28,19 @@ def open_pair(
     """
     train = open_source(train_dir, format, in_chans, called=called[0])
     val = open_source(val_dir, format, in_chans, evaluation=True, called=called[1])
+    require_pair(train, val, train_dir, val_dir)
+    return train, val
+
+
+def require_pair(train: Source, val: Source, train_dir: str, val_dir: str) -> None:
+    """UserError where images of `val` cannot ask those of `train`; see `open_pair`."""
     for source, path in ((train, train_dir), (val, val_dir)):
         if not source.class_names or (source.labels < 0).any():
             raise UserError(f"{path}: expected class folders, or a list with labels")
     if list(train.class_names) != list(val.class_names):
         raise UserError(f"{train_dir} and {val_dir} have different classes")
-    if train.fingerprint() == val.fingerprint():
+    if len(train) == len(val) and train.fingerprint() == val.fingerprint():
         raise UserError(f"{train_dir} and {val_dir} hold the same images: each would find itself")
-    return train, val
 
 
 def neighbours(

@@ -14,7 +14,7 @@ from localmim.data.sources import Source, open_source
 from localmim.distributed import Ranks
 from localmim.errors import RunError, UserError
 from localmim.evaluation.features import pooled
-from localmim.evaluation.neighbours import open_pair, shared_neighbours
+from localmim.evaluation.neighbours import require_pair, shared_neighbours
 from localmim.mim.model import MaskedImageModel
 from localmim.mim.tokenizers import StoredIds, fingerprint, require_fixed_crops
 from localmim.models.layers import linear_rates
@@ -74,10 +74,11 @@ class Pretraining(Task):
             self.tokenizer.check(self.source)
         self.ranks, self.val, self.labelled, self.features, self.without = ranks, None, None, None, ""
         if config.data.val_dir and config.report_every is not None:
-            data, called = config.data, ("data.dir", "data.val_dir")
-            self.val = open_source(data.val_dir, data.format, encoder.in_chans, evaluation=True, called=called[1])
+            data = config.data
+            self.val = open_source(data.val_dir, data.format, encoder.in_chans, evaluation=True, called="data.val_dir")
             try:
-                self.labelled = open_pair(data.dir, data.val_dir, encoder.in_chans, data.format, called)
+                require_pair(self.source, self.val, data.dir, data.val_dir)
+                self.labelled = self.source, self.val
             except UserError as error:
                 self.without = str(error)
         target = config.target
