@@ -299,3 +299,35 @@ class PlainDecoder(nn.Cell):
         elif self.scale == 0.5:
             x = ops.avg_pool2d(x, 2, 2)
         return self.conv(x, "pred.out").transpose(0, 2, 3, 1)
+
+
+class Weighted(nn.Cell):
+    """sum(cell(inputs) * weight): its gradients are the cell's backward pass of `weight`; the output beside it."""
+
+    def __init__(self, cell: nn.Cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, weight, *inputs):
+        y = self.cell(*inputs)
+        return (y * weight).sum(), y
+
+
+def backward(cell: nn.Cell, weight: np.ndarray, *inputs: np.ndarray):
+    """Output, gradients of the inputs, gradients of the parameters by name, of sum(output * weight); in graph mode."""
+    parameters = dict(cell.parameters_and_names())
+    places = tuple(range(1, len(inputs) + 1))
+    weights = ms.ParameterTuple(parameters.values()) if parameters else None
+    run = Gradients(Weighted(cell), places, weights)
+    (_, out), gradients = run(Tensor(weight), *map(Tensor, inputs))
+    of_inputs, of_weights = gradients if parameters else (gradients, ())
+    arrays = [g.asnumpy() for g in (of_inputs if isinstance(of_inputs, tuple) else (of_inputs,))]
+    return out.asnumpy(), arrays, dict(zip(parameters, (g.asnumpy() for g in of_weights)))
+
+
+def randomise(cell: nn.Cell, seed: int) -> nn.Cell:
+    """Every parameter away from its start, where zeros and ones would hide mistakes."""
+    rng = np.random.default_rng(seed)
+    for p in cell.get_parameters():
+        p.set_data(Tensor(rng.normal(0, 0.3, p.shape).astype(np.float32)))
+    return cell

@@ -40,6 +40,7 @@ from localmim.files import file_sha256
 from localmim.mim.model import MaskedImageModel
 from localmim.models.classifier import Classifier
 from localmim.models.layers import Attention, parameter
+from localmim.models.operators import Gelu, Operator
 from localmim.predict import DESCRIPTION, description_path, open_network
 from localmim.training.build import build_masking
 from localmim.training.checkpoint import read_checkpoint
@@ -297,6 +298,9 @@ def _write(network: nn.Cell, arrays: Arrays, file_format: str, size: int | None,
     tensors = [Tensor(array) for array in arrays]
     if size is None:
         tensors = [Tensor(shape=[None, *array.shape[1:]], dtype=ms.float32) for array in arrays]
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, Operator):  # the operators that any machine knows, but GELU without Erf, which ONNX lacks
+            cell.fused = not isinstance(cell, Gelu)
     name = stem + SUFFIXES[file_format]
     with contextlib.chdir(folder):  # MindSpore refuses paths with spaces, and leaves a rank_0 folder when it fails
         if file_format == "ONNX":

@@ -150,7 +150,7 @@ def test_timm_swin():
     }  # fmt: skip
     assert not values["reference_quirks"]
     model = build_model(config_from_dict(values))
-    assert model.encoder.layers[0].blocks[0].norm1.core.eps == 1e-5
+    assert model.encoder.layers[0].blocks[0].norm1.eps == 1e-5
     ours = names.classifier_from_torch(zeros(renamed_to_timm(theirs)), list(shapes_of(model)), "normed_mean")
     assert {n: a.shape for n, a in ours.items()} == {n: a.shape for n, a in shapes_of(model).items()}
 

@@ -10,10 +10,8 @@ from mindspore import Tensor, nn, ops
 import plain
 from localmim.convert.load import weights_of
 from localmim.models.layers import (
-    AddBias,
     Attention,
     Block,
-    Gelu,
     LayerNorm,
     Linear,
     PatchEmbed,
@@ -25,44 +23,13 @@ from localmim.models.layers import (
     to_pair,
     torch_default_init,
 )
-
-
-class Weighted(nn.Cell):
-    """sum(cell(inputs) * weight): its gradients are the cell's backward pass of `weight`; the output beside it."""
-
-    def __init__(self, cell: nn.Cell):
-        super().__init__()
-        self.cell = cell
-
-    def construct(self, weight, *inputs):
-        y = self.cell(*inputs)
-        return (y * weight).sum(), y
-
-
-def backward(cell: nn.Cell, weight: np.ndarray, *inputs: np.ndarray):
-    """Output, gradients of the inputs, gradients of the parameters by name, of sum(output * weight); in graph mode."""
-    parameters = dict(cell.parameters_and_names())
-    places = tuple(range(1, len(inputs) + 1))
-    weights = ms.ParameterTuple(parameters.values()) if parameters else None
-    run = plain.Gradients(Weighted(cell), places, weights)
-    (_, out), gradients = run(Tensor(weight), *map(Tensor, inputs))
-    of_inputs, of_weights = gradients if parameters else (gradients, ())
-    arrays = [g.asnumpy() for g in (of_inputs if isinstance(of_inputs, tuple) else (of_inputs,))]
-    return out.asnumpy(), arrays, dict(zip(parameters, (g.asnumpy() for g in of_weights)))
-
-
-def randomise(cell: nn.Cell, seed: int) -> nn.Cell:
-    """Every parameter away from its start, where zeros and ones would hide mistakes."""
-    rng = np.random.default_rng(seed)
-    for p in cell.get_parameters():
-        p.set_data(Tensor(rng.normal(0, 0.3, p.shape).astype(np.float32)))
-    return cell
+from localmim.models.operators import AddBias, Gelu
 
 
 def test_gelu_is_exact():
     """The fitted polynomial must be as good as float32 erf everywhere, far out and at the ends of float32 too."""
     x = np.concatenate([np.linspace(-14, 14, 280_001), [-1e20, -1e4, -100, -0.0, 100, 1e4, 1e20]]).astype(np.float32)
-    out, (dx,), _ = backward(Gelu(), np.ones_like(x), x)
+    out, (dx,), _ = plain.backward(Gelu(), np.ones_like(x), x)
     wide = x.astype(np.float64)
     near = np.abs(x) <= 14
     assert np.abs(out - plain.gelu(wide))[near].max() <= 7e-7
@@ -87,9 +54,9 @@ def test_layer_norm(size):
     rng = np.random.default_rng(1)
     x = (rng.normal(0.5, 1, (3, 4, 24)) * size).astype(np.float32)
     dy = rng.normal(0, 1, x.shape).astype(np.float32)
-    norm = randomise(LayerNorm(24), 2)
+    norm = plain.randomise(LayerNorm(24), 2)
     gamma, beta = (p.asnumpy().astype(np.float64) for p in (norm.gamma, norm.beta))
-    out, (dx,), grads = backward(norm, dy, x)
+    out, (dx,), grads = plain.backward(norm, dy, x)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(out, plain.layer_norm(wide, gamma, beta), atol=2e-6, rtol=0)
     std = np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
@@ -111,14 +78,14 @@ def test_add_bias_and_linear_gradients():
     rng = np.random.default_rng(3)
     x, b = rng.normal(size=(6, 5)).astype(np.float32), rng.normal(size=5).astype(np.float32)
     dy = rng.normal(size=(6, 5)).astype(np.float32)
-    out, (dx, db), _ = backward(AddBias(), dy, x, b)
+    out, (dx, db), _ = plain.backward(AddBias(), dy, x, b)
     np.testing.assert_array_equal(out, x + b)
     np.testing.assert_array_equal(dx, dy)
     np.testing.assert_allclose(db, dy.sum(0), atol=1e-6)
 
-    linear = randomise(Linear(4, 5), 4)
+    linear = plain.randomise(Linear(4, 5), 4)
     x, dy = rng.normal(size=(2, 3, 4)).astype(np.float32), dy.reshape(2, 3, 5)
-    out, (dx,), grads = backward(linear, dy, x)
+    out, (dx,), grads = plain.backward(linear, dy, x)
     w = linear.weight.asnumpy()
     np.testing.assert_allclose(out, x @ w.T + linear.bias.asnumpy(), atol=1e-6)
     np.testing.assert_allclose(dx, dy @ w, atol=1e-6)
@@ -142,7 +109,7 @@ def test_project_hands_gradients_to_a_computed_weight():
     rng = np.random.default_rng(5)
     x, a, b, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 4), (6, 5), (5, 4), (6,)))
     dy = rng.normal(size=(2, 3, 6)).astype(np.float32)
-    out, (dx, da, db, dbias), _ = backward(ProductProject(), dy, x, a, b, bias)
+    out, (dx, da, db, dbias), _ = plain.backward(ProductProject(), dy, x, a, b, bias)
     np.testing.assert_allclose(out, x @ (a @ b).T + bias, atol=1e-5)
     dw = np.einsum("bno,bni->oi", dy, x)
     for got, expected in ((dx, dy @ (a @ b)), (da, dw @ b.T), (db, a.T @ dw), (dbias, dy.sum((0, 1)))):
@@ -151,7 +118,7 @@ def test_project_hands_gradients_to_a_computed_weight():
 
 @pytest.fixture(scope="module")
 def small_block():
-    return randomise(Block(24, 3), 6)
+    return plain.randomise(Block(24, 3), 6)
 
 
 def test_block_equals_float64(small_block):
@@ -176,8 +143,8 @@ def test_block_with_skip_is_the_suffix_of_the_whole_block(small_block):
     """Rows that nobody reads are not computed: values and gradients of the others stay, those of the skipped too."""
     rng = np.random.default_rng(8)
     x, dy = rng.normal(size=(2, 9, 24)).astype(np.float32), rng.normal(size=(2, 5, 24)).astype(np.float32)
-    out, (dx,), grads = backward(Suffix(small_block, 4, cut=False), dy, x)
-    out_cut, (dx_cut,), grads_cut = backward(Suffix(small_block, 4, cut=True), dy, x)
+    out, (dx,), grads = plain.backward(Suffix(small_block, 4, cut=False), dy, x)
+    out_cut, (dx_cut,), grads_cut = plain.backward(Suffix(small_block, 4, cut=True), dy, x)
     np.testing.assert_allclose(out, out_cut, atol=1e-5)
     np.testing.assert_allclose(dx, dx_cut, atol=1e-5 * np.abs(dx_cut).max())
     assert np.abs(dx[:, :4]).max() > 1e-2  # skipped rows are attended to, so they have a gradient
@@ -188,10 +155,10 @@ def test_block_with_skip_is_the_suffix_of_the_whole_block(small_block):
 
 def test_compute_dtype():
     """fp16 multiplies in float16, and gives the residual stream and the parameters back in float32."""
-    block = randomise(Block(16, 2), 9)
+    block = plain.randomise(Block(16, 2), 9)
     x = np.random.default_rng(10).normal(size=(2, 5, 16)).astype(np.float32)
     exact = block(Tensor(x)).asnumpy()
-    half = randomise(set_compute_dtype(Block(16, 2), ms.float16), 9)
+    half = plain.randomise(set_compute_dtype(Block(16, 2), ms.float16), 9)
     out = half(Tensor(x))
     assert out.dtype == ms.float32
     assert {p.dtype for p in half.get_parameters()} == {ms.float32}
@@ -227,7 +194,7 @@ def test_take_rows():
 def test_patch_embed_is_a_convolution(chans):
     """Pre-trained convolution weights go in as they are, and only the patches that are asked for come out."""
     rng = np.random.default_rng(11)
-    embed = randomise(PatchEmbed(4, chans, 6), 12)
+    embed = plain.randomise(PatchEmbed(4, chans, 6), 12)
     x = rng.normal(size=(2, chans, 8, 12)).astype(np.float32)
     conv = ops.conv2d(Tensor(x), embed.weight, embed.bias, stride=4).asnumpy()  # [B, 6, 2, 3]
     rows = conv.reshape(2, 6, 6).transpose(0, 2, 1)

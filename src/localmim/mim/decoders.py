@@ -23,7 +23,6 @@ from mindspore import Tensor, nn, ops
 from localmim.mim.cells import check_grid, coarse_weights, quad_ids, target_rows
 from localmim.models.layers import (
     Block,
-    Gelu,
     LayerNorm,
     Linear,
     Project,
@@ -34,6 +33,7 @@ from localmim.models.layers import (
     torch_default_init,
     without_first,
 )
+from localmim.models.operators import Gelu
 
 
 class Conv(nn.Cell):
@@ -168,12 +168,12 @@ class Decoder(nn.Cell):
     def rows(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
         """Normed rows before the head: hidden patches [B, M, d]; at scale 1/2 visible, then hidden ones [B, L, d]."""
         B, V, d = latent.shape[0], latent.shape[1], self.dim  # V: visible tokens, K or 1+K with the class token
-        codes = self.pos_embed[0]  # [1+L, d]
+        codes = self.pos_embed.reshape(-1, d)  # [1+L, d]; a slice of three dimensions is a slow copy
         place = ids_keep
         if self.extra:
             place = ops.concat((ops.zeros((B, 1), ms.int32), ids_keep + 1), 1)
         visible = self.embed(latent) + ops.gather(codes, place, 0)  # [B, V, d]
-        table = self.mask_token[0] + (codes[1:] if self.extra else codes)  # [L, d], every possible hidden token
+        table = self.mask_token.reshape(1, d) + (codes[1:] if self.extra else codes)  # [L, d], every hidden token
 
         first = self.blocks[0]
         qkv = first.project(ops.concat((visible.reshape(-1, d), table), 0))  # [B*V + L, 3d]
@@ -194,8 +194,8 @@ class Decoder(nn.Cell):
         if self.scale < 1:
             B, L, d = rows.shape
             quads = quad_ids(ids_restore, self.grid).reshape(B, L)  # four patches of a coarse cell side by side
-            rows = take_rows(rows, quads).reshape(B, L // 4, 4, d)
-            rows = (rows[:, :, 0] + rows[:, :, 1] + rows[:, :, 2] + rows[:, :, 3]) * 0.25
+            four = ops.split(take_rows(rows, quads).reshape(B * L // 4, 4 * d), d, 1)
+            rows = (ops.addn(four) * 0.25).reshape(B, L // 4, d)
         return self.pred(rows)
 
     def construct(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor) -> Tensor:

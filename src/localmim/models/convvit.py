@@ -24,7 +24,6 @@ from localmim.models.depthwise import DepthwiseConv, Halos, neighbour_table, nei
 from localmim.models.layers import (
     Attended,
     Block,
-    Gelu,
     LayerNorm,
     Linear,
     PatchEmbed,
@@ -35,6 +34,7 @@ from localmim.models.layers import (
     to_pair,
     torch_default_init,
 )
+from localmim.models.operators import Gelu
 from localmim.models.relative import offset_classes, window_bias
 from localmim.models.windows import nested_offsets, whole_windows
 

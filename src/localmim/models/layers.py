@@ -1,11 +1,8 @@
-"""The layers every model is made of: Linear, LayerNorm, GELU, attention, the pre-norm block, patches, position codes.
+"""The layers every model is made of: Linear, LayerNorm, MLP, attention, the pre-norm block, patches, position codes.
 
-Numerics follow the authors' code (timm's block, exact GELU, LayerNorm eps 1e-6). Three things differ in form only:
-
-* GELU is x * sigmoid(x * P(x^2)) with a degree-6 P fitted to the exact function: within 6e-7 of it everywhere, where
-  float32 erf itself is within 4.5e-7. It has no `Erf`, so it is fast on CPUs and exports to every format.
-* A block can leave out its first `skip` rows, which others attend to and nobody reads.
-* Bias gradients are a product with a row of ones, which is the fast way to sum rows on a CPU.
+Numerics follow the authors' code (timm's block, exact GELU, LayerNorm eps 1e-6). Two things differ in form only: the
+elementary operators take the form that suits the device (models/operators.py), and a block can leave out its first
+`skip` rows, which others attend to and nobody reads.
 
 Precision: matrix products run in `compute_dtype`; LayerNorm, softmax and the residual stream stay in float32.
 """
@@ -19,6 +16,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, Normal, Uniform, XavierUniform, initializer
+
+from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax
 
 
 def to_pair(value) -> tuple[int, int]:
@@ -57,11 +56,14 @@ class Linear(nn.Cell):
         Args:
             scale: [out], what each output is multiplied with; the weights are, which are fewer.
         """
-        weight, bias = self.weight, self.bias
-        if scale is not None:
-            weight = weight * scale.reshape(-1, 1).broadcast_to(weight.shape)
-            bias = bias * scale
+        weight, bias = self.scaled(scale)
         return self.project(x, weight, bias, self.compute_dtype)
+
+    def scaled(self, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of outputs that are multiplied with `scale` [out]."""
+        if scale is None:
+            return self.weight, self.bias
+        return self.weight * scale.reshape(-1, 1).broadcast_to(self.weight.shape), self.bias * scale
 
 
 class Project(nn.Cell):
@@ -80,57 +82,6 @@ class Project(nn.Cell):
         return y.reshape(x.shape[:-1] + (weight.shape[0],))
 
 
-class AddBias(nn.Cell):
-    """x + b over rows; the gradient of b is a row of ones times the gradient of x."""
-
-    def __init__(self):
-        super().__init__()
-        self.add = ops.BiasAdd()
-        self.matmul = ops.MatMul()
-
-    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
-        """[n, D], [D] -> [n, D]."""
-        return self.add(x, bias)
-
-    def bprop(self, x, bias, out, dout):
-        ones = ops.ones((1, dout.shape[0]), dout.dtype)
-        return dout, self.matmul(ones, dout).reshape(bias.shape)
-
-
-class _NormStats(nn.Cell):
-    """LayerNorm with its mean and variance; the backward pass takes means over rows as products, which CPUs do fast.
-
-    Rows and columns are widened before they meet a matrix: MindSpore's CPU kernels that broadcast by themselves keep 16
-    bytes for each element of their output for as long as the graph lives.
-    """
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
-        self.matmul = ops.MatMul()
-
-    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor):
-        """[n, D] -> (normed [n, D], mean [n, 1], variance [n, 1])."""
-        return self.norm(x, gamma, beta)
-
-    def bprop(self, x, gamma, beta, out, dout):
-        n, D = x.shape
-        _, mean, variance = out
-        rsigma = ops.rsqrt(variance + self.eps).broadcast_to((n, D))
-        normed = (x - mean.broadcast_to((n, D))) * rsigma
-        dy = dout[0]
-        rows = ops.ones((1, n), x.dtype)
-        dy_normed = dy * normed
-        dgamma = self.matmul(rows, dy_normed).reshape(gamma.shape)
-        dbeta = self.matmul(rows, dy).reshape(beta.shape)
-        column = gamma.reshape(D, 1) * (1.0 / D)
-        mean_dn, along = self.matmul(dy, column), self.matmul(dy_normed, column)  # [n, 1]
-        wide = gamma.broadcast_to((n, D))
-        dx = (dy * wide - mean_dn.broadcast_to((n, D)) - normed * along.broadcast_to((n, D))) * rsigma
-        return dx, dgamma, dbeta
-
-
 class LayerNorm(nn.Cell):
     """LayerNorm over the last axis in float32; weight 1 and bias 0 at the start."""
 
@@ -138,63 +89,56 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.gamma = parameter("ones", (dim,))
         self.beta = parameter("zeros", (dim,))
-        self.core = _NormStats(eps)
+        self.eps = eps
+        self.normalise = Normalise(eps)
 
     def construct(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], float32."""
         rows = x.reshape(-1, x.shape[-1]).astype(ms.float32)
-        return self.core(rows, self.gamma, self.beta)[0].reshape(x.shape)
+        return self.normalise(rows, self.gamma, self.beta).reshape(x.shape)
 
 
-# Phi(x) = sigmoid(x * P(x^2)): P fitted by minimax on the error of GELU over |x| < 6.2. The leading coefficient is
-# positive, so the sigmoid saturates the right way for every larger |x|.
-_PHI = (3.61876726e-09, -2.67295768e-07, 7.94625892e-06, -1.10556094e-04, -6.59089978e-05, 7.26678224e-02, 1.595768984)
-_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+def is_slow_width(width: int) -> bool:
+    """Whether a CPU multiplies slowly with a right factor of `width` columns, float32.
+
+    MindSpore's oneDNN reads such a factor where it lies. When its rows are a multiple of 4096 bytes apart they compete
+    for the same lines of the cache; for powers of two, but not for 3072, it makes a copy first.
+    """
+    return width % 1024 == 0 and width & (width - 1) != 0
 
 
-class _GeluAndPhi(nn.Cell):
-    """GELU and the normal distribution function it used, which the backward pass reads again."""
+class Mlp(Operator):
+    """Linear D -> 4D, GELU, Linear 4D -> D.
 
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = x * x
-        p = z * _PHI[0] + _PHI[1]
-        p = p * z + _PHI[2]
-        p = p * z + _PHI[3]
-        p = p * z + _PHI[4]
-        p = p * z + _PHI[5]
-        p = p * z + _PHI[6]
-        phi = ops.sigmoid(p * x)
-        return x * phi, phi
-
-    def bprop(self, x, out, dout):
-        density = ops.exp(x * x * -0.5) * _INV_SQRT_2PI
-        return (dout[0] * (out[1] + x * density),)
-
-
-class Gelu(nn.Cell):
-    """Exact GELU, x * Phi(x); see the module's docstring. float16 input is computed in float32."""
-
-    def __init__(self):
-        super().__init__()
-        self.core = _GeluAndPhi()
-
-    def construct(self, x: Tensor) -> Tensor:
-        y, _ = self.core(x.astype(ms.float32))
-        return y.astype(x.dtype)
-
-
-class Mlp(nn.Cell):
-    """Linear D -> 4D, GELU, Linear 4D -> D."""
+    On a CPU the 4D values lie transposed, a column a token, where their number is a slow width (ViT-B): then neither
+    the weights nor the gradients meet them as the right factor of a product.
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.act = Gelu()
         self.fc2 = Linear(hidden, dim)
+        self.slow_width = is_slow_width(hidden)
+        self.expand = ops.MatMul(transpose_b=True)
+        self.contract = ops.MatMul(transpose_a=True, transpose_b=True)
+        self.add_to_rows, self.add_bias = AddToRows(), AddBias()
 
     def construct(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., D], times `scale` [D]."""
+        if self.slow_width and not self.fused:
+            return self.by_columns(x, scale)
         return self.fc2(self.act(self.fc1(x)), scale)
+
+    def by_columns(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """As `construct`."""
+        dtype = self.fc1.compute_dtype
+        rows = x.reshape(-1, x.shape[-1]).astype(dtype)  # [n, D]
+        hidden = self.expand(self.fc1.weight.astype(dtype), rows)  # [4D, n]
+        hidden = self.act(self.add_to_rows(hidden, self.fc1.bias.astype(dtype)))
+        weight, bias = self.fc2.scaled(scale)
+        y = self.contract(hidden, weight.astype(dtype))  # [n, D]
+        return self.add_bias(y, bias.astype(dtype)).reshape(x.shape)
 
 
 class Attended(NamedTuple):
@@ -240,7 +184,7 @@ class Attention(nn.Cell):
         self.bias_of_query = getattr(relative, "of_query", False)  # then it has the shape of the scores
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
-        self.softmax = ops.Softmax(-1)
+        self.softmax = Softmax()
 
     def attend(self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None) -> Tensor:
         """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D], heads side by side.

@@ -169,9 +169,9 @@ class VisionTransformer(nn.Cell):
             x = self.patch_embed(images)
         x = x.astype(ms.float32)  # the residual stream, whatever the products' precision
         if self.pos_embed is not None:
-            codes = self.pos_embed[0, 1:]  # [L, D]
-            x = x + (codes if place is None else ops.gather(codes, place, 0))
-            first = first + self.pos_embed[:, :1]
+            codes = self.pos_embed.reshape(-1, self.embed_dim)  # [1+L, D]; slices of three dimensions are slow copies
+            x = x + (codes[1:] if place is None else ops.gather(codes, place + 1, 0))
+            first = first + codes[:1]
         ones = ops.ones_like(ops.stop_gradient(x[:, :1, :1]))  # broadcast_to an open batch size has no form in ONNX
         return ops.concat((ones * first, x), 1)
 

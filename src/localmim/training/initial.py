@@ -76,8 +76,8 @@ def compare(before: nn.Cell, now: nn.Cell) -> list[str]:
         other = there.get(name)
         if isinstance(cell, Attention) and isinstance(other, Attention) and cell.num_heads != other.num_heads:
             raise UserError(f"init: {name} was trained with {other.num_heads} heads, this recipe has {cell.num_heads}")
-        if isinstance(cell, LayerNorm) and isinstance(other, LayerNorm) and cell.core.eps != other.core.eps:
-            norms.append((other.core.eps, cell.core.eps))
+        if isinstance(cell, LayerNorm) and isinstance(other, LayerNorm) and cell.eps != other.eps:
+            norms.append((other.eps, cell.eps))
     lines = [f"{norms.count(pair)} norms had eps {pair[0]:g} and have {pair[1]:g}" for pair in dict.fromkeys(norms)]
     pools = [getattr(model, "pool", None) for model in (before, now)]
     if all(pools) and pools[0] != pools[1]:

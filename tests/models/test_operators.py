@@ -1,0 +1,78 @@
+"""Both forms of the elementary operators are the same function with the same gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mindspore import nn
+
+import plain
+from localmim.models.layers import Mlp, is_slow_width
+from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax
+
+RNG = np.random.default_rng(0)
+
+
+def values(*shape: int) -> np.ndarray:
+    """Random numbers with a mean, which a careless variance would lose digits to."""
+    return (RNG.standard_normal(shape) + 3).astype(np.float32)
+
+
+CASES = {
+    "bias": (AddBias, (values(7, 5), values(5))),
+    "normalise": (lambda: Normalise(1e-6), (values(6, 24), values(24), values(24))),
+    "normalise rows of one value": (lambda: Normalise(1e-6), (np.full((3, 8), 5, np.float32), values(8), values(8))),
+    "softmax": (Softmax, (values(2, 3, 4, 5),)),
+    "gelu": (Gelu, (values(50) - 4,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms_are_equal(name):
+    """What a GPU computes by fused kernels, a CPU computes by products."""
+    build, inputs = CASES[name]
+    results = []
+    for fused in (False, True):
+        operator = build()
+        operator.fused = fused
+        weight = np.random.default_rng(1).standard_normal(inputs[0].shape).astype(np.float32)
+        out, gradients, _ = plain.backward(operator, weight, *inputs)
+        results.append((out, *gradients))
+    for ours, theirs in zip(*results):
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * max(1, np.abs(theirs).max()))
+
+
+def test_add_to_rows():
+    """Against numpy, with the gradients of both arguments."""
+    x, b, weight = values(3, 4), values(3), values(3, 4)
+    out, (dx, db), _ = plain.backward(AddToRows(), weight, x, b)
+    np.testing.assert_allclose(out, x + b[:, None], rtol=1e-6)
+    np.testing.assert_array_equal(dx, weight)
+    np.testing.assert_allclose(db, weight.sum(axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_mlp_of_a_slow_width(scaled):
+    """ViT-B's hidden layer lies transposed on a CPU, layer scale or not."""
+    inputs = (values(2, 3, 4), *([values(4)] if scaled else []))
+    results = []
+    for fused in (False, True):
+        mlp = plain.randomise(Mlp(4, 3072), 0)
+        mlp.fused = fused
+        out, gradients, weights = plain.backward(mlp, values(2, 3, 4) * 0 + 1, *inputs)
+        results.append((out, *gradients, *weights.values()))
+    for ours, theirs in zip(*results):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_slow_widths():
+    """Multiples of 4096 bytes, but powers of two, which oneDNN copies."""
+    assert [w for w in (768, 1024, 1536, 2048, 2304, 3072, 4096, 5120) if is_slow_width(w)] == [3072, 5120]
+
+
+def test_a_cpu_takes_its_own_form():
+    """The forms by hand are those that run here."""
+    operators = [AddBias(), Normalise(1e-6), Softmax(), Gelu(), Mlp(4, 8)]
+    assert not any(operator.fused for operator in operators)
+    assert all(isinstance(operator, Operator) and isinstance(operator, nn.Cell) for operator in operators)
