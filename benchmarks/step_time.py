@@ -1,13 +1,15 @@
 """Times one training step: `python benchmarks/step_time.py --config FILE --batch-size N --steps K [--peer mindcv-mae]`
 
-Prints one JSON line: step_s (median), images_per_s, compile_s and peak_rss_mb; with a peer the same under `peer`, and
-`ratio`, our median by the peer's. Steps alternate in one run, so that both meet the same noise. Both sides use this
-project's optimizer and finite check; inputs are random, made before the clock starts. Each side is built and compiled
-in a process of its own, so that compile_s and peak_rss_mb are its own; the processes take turns.
+Prints one JSON line: step_s (median), images_per_s, compile_s and peak_rss_mb; with a peer the same under `peer`,
+`ratio`, our median by the peer's, and `memory_ratio`, our peak memory by the peer's. Steps alternate in one run, so
+that both meet the same noise. MindSpore's sides use this project's optimizer and finite check; inputs are random, made
+before the clock starts. Each side is built and compiled in a process of its own, so that compile_s (the first step) and
+peak_rss_mb are its own; the processes take turns.
 
-Peers: `mindcv-mae`, mindcv's MAE ViT-B/16. For a Swin recipe `dense`, the same model with all visible tokens of the
-first stage in one masked attention instead of packed windows, and `plain-swin`, the recipe in MindSpore's stock layers
-with dense masked attention in every stage (benchmarks/peers/plain_swin.py).
+Peers: `torch`, the recipe in plain, eager PyTorch (benchmarks/peers/torch_localmim.py). `mindcv-mae`, mindcv's MAE
+ViT-B/16. For a Swin recipe `dense`, the same model with all visible tokens of the first stage in one masked attention
+instead of packed windows, and `plain-swin`, the recipe in MindSpore's stock layers with dense masked attention in every
+stage (benchmarks/peers/plain_swin.py).
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ import time
 
 os.environ.setdefault("GLOG_v", "3")
 
-from localmim import cli
-from localmim.config import load_config
+# Nothing that imports MindSpore stands here: a side's process imports this file, and PyTorch's is to hold no other.
 
-PEERS = ("mindcv-mae", "dense", "plain-swin")
+PEERS = ("torch", "mindcv-mae", "dense", "plain-swin")
 
 
 def ours(argv: list[str], batch_size: int):
     """The recipe's model and inputs."""
     import numpy as np
 
+    from localmim.config import load_config
     from localmim.training.build import build_masking, build_model
 
     model = build_model(load_config(argv))
@@ -47,6 +49,7 @@ def dense_swin(argv: list[str], batch_size: int):
     """The recipe's Swin with one group of all visible tokens in its first stage: the same weights, losses and mask."""
     import numpy as np
 
+    from localmim.config import load_config
     from localmim.errors import UserError
     from localmim.mim.unit_masking import UnitMasking
     from localmim.models.windows import Windows, pair_codes, pair_rows, window_labels
@@ -137,6 +140,8 @@ def serve(pipe, build, argv: list[str], batch_size: int, device: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs both sides and prints the result."""
+    from localmim.config import load_config
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -146,17 +151,28 @@ def main(argv: list[str]) -> None:
     arguments, rest = parser.parse_known_args(argv)
     argv = ["--config", arguments.config, *rest]
     load_config(argv)  # a mistake in it is one line here, not a traceback of a side
-    sides = {"ours": ours}
+    builders = {"ours": ours, "mindcv-mae": mindcv_mae, "dense": dense_swin, "plain-swin": plain_swin}
+
+    def job(name: str):
+        """What a side's process runs, and its arguments after the pipe."""
+        if name == "torch":
+            from peers import torch_localmim
+
+            case = torch_localmim.build(argv, arguments.batch_size)
+            return torch_localmim.serve, (case, arguments.device_target)
+        return serve, (builders[name], argv, arguments.batch_size, arguments.device_target)
+
+    sides = {"ours": job("ours")}
     if arguments.peer:
-        builders = {"mindcv-mae": mindcv_mae, "dense": dense_swin, "plain-swin": plain_swin}
-        sides["peer"] = builders[arguments.peer]
+        sides["peer"] = job(arguments.peer)
 
     context = multiprocessing.get_context("spawn")
     pipes, processes, results = {}, [], {}
-    for name, build in sides.items():
+    for name, (target, given) in sides.items():
         pipes[name], theirs = context.Pipe()
-        job = (theirs, build, argv, arguments.batch_size, arguments.device_target)
-        process = context.Process(target=serve, args=job, daemon=True)  # ends with this one, whatever happens
+        process = context.Process(
+            target=target, args=(theirs, *given), daemon=True
+        )  # ends with this one, whatever happens
         process.start()
         theirs.close()
         processes.append(process)
@@ -183,8 +199,11 @@ def main(argv: list[str]) -> None:
     if arguments.peer:
         line.update(peer={"name": arguments.peer, **summary["peer"]})
         line["ratio"] = round(line["step_s"] / summary["peer"]["step_s"], 4)
+        line["memory_ratio"] = round(line["peak_rss_mb"] / summary["peer"]["peak_rss_mb"], 4)
     print(json.dumps(line))
 
 
 if __name__ == "__main__":
+    from localmim import cli
+
     sys.exit(cli.run(main))
