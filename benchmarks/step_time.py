@@ -170,9 +170,7 @@ def main(argv: list[str]) -> None:
     pipes, processes, results = {}, [], {}
     for name, (target, given) in sides.items():
         pipes[name], theirs = context.Pipe()
-        process = context.Process(
-            target=target, args=(theirs, *given), daemon=True
-        )  # ends with this one, whatever happens
+        process = context.Process(target=target, args=(theirs, *given), daemon=True)  # ends with this one in any case
         process.start()
         theirs.close()
         processes.append(process)

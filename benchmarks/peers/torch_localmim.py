@@ -76,8 +76,8 @@ def check_recipe(config) -> None:
         raise UserError("the peer torch masks and merges a Swin as the authors do: reference_quirks must be true")
 
 
-def sizes_of(theirs) -> dict:
-    """The sizes of the package's model as plain numbers."""
+def sizes_of(theirs, net: str) -> dict:
+    """The sizes of the package's model, "vit" or "swin", as plain numbers."""
     encoder, hog = theirs.encoder, theirs.target.hog
     decoders = []
     for width, decoder, out_dim in zip(encoder.tap_widths, theirs.decoders, theirs.target.dims):
@@ -103,6 +103,23 @@ def sizes_of(theirs) -> dict:
         "cells": hog.cell_sizes,
         "hog_bias": hog.bias is not None,
     }
+    if net == "swin":
+        stages = []
+        for place, layer in zip(encoder.stages, encoder.layers):
+            block = layer.blocks[0]
+            stages.append(
+                {
+                    "dim": block.attn.proj.weight.shape[0],
+                    "depth": len(layer.blocks),
+                    "num_heads": block.attn.num_heads,
+                    "hidden": block.mlp.fc1.weight.shape[0],
+                    "grid": tuple(place.grid),
+                    "unit_side": place.grid[0] // encoder.mask_grid[0],
+                    "window": place.window,
+                    "shifts": place.shifts,
+                }
+            )
+        return sizes | {"units": tuple(encoder.mask_grid), "stages": stages}
     block = encoder.blocks[0]
     return sizes | {
         "dim": encoder.embed_dim,
@@ -128,8 +145,9 @@ def make_case(argv: list[str], batch_size: int):
     encoder = theirs.encoder
     images = np.random.default_rng(0).standard_normal((batch_size, encoder.in_chans, *encoder.image_size))
     images = (np.round(images * 256) / 256).astype(np.float32)
-    arrays = mask.ids_keep.astype(np.int64), mask.ids_restore.astype(np.int64)
-    return (theirs, (images, *mask.arrays())), Case("vit", sizes_of(theirs), images, arrays)
+    net = "swin" if "_swin_" in config.model.name else "vit"
+    arrays = (mask.hidden,) if net == "swin" else (mask.ids_keep.astype(np.int64), mask.ids_restore.astype(np.int64))
+    return (theirs, (images, *mask.arrays())), Case(net, sizes_of(theirs, net), images, arrays)
 
 
 def _case_alone(argv: list[str], batch_size: int) -> Case:
@@ -150,18 +168,40 @@ def build(argv: list[str], batch_size: int) -> Case:
         return pool.submit(_case_alone, argv, batch_size).result()
 
 
+def swin_inputs(case: Case) -> tuple:
+    """What the Swin takes after the images, as arrays, from the hidden units."""
+    from peers.grouping import coordinates, group_windows, patches, restore
+
+    (hidden,), sizes = case.mask, case.sizes
+    units, stages = sizes["units"], sizes["stages"]
+    visible = np.flatnonzero(~hidden)
+    groups = []
+    for s, stage in enumerate(stages):
+        places = coordinates(visible, stage["unit_side"], stage["grid"], units, s == 0)
+        groups.append([group_windows(places, stage["window"], shift) for shift in stage["shifts"]])
+    sides = [decoder["grid"][0] // units[0] for decoder in sizes["decoders"]]
+    numbers = patches(visible, stages[0]["unit_side"], units)
+    weights = hidden.reshape(units).astype(np.float32)
+    return weights, numbers, groups, [restore(hidden, side) for side in sides]
+
+
 def torch_side(case: Case, device: str):
     """The PyTorch model of a case with fresh weights, and its inputs."""
     import torch
 
-    from peers.torch_model import VitModel, initialise
+    from peers.torch_model import SwinModel, VitModel, initialise
+
+    def tensors(value):
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value).to(device)
+        return None if value is None else [tensors(v) for v in value]
 
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = VitModel(case.sizes)
-    arrays = case.mask
+    model = (SwinModel if case.net == "swin" else VitModel)(case.sizes)
     initialise(model)
-    return model.to(device), tuple(torch.from_numpy(a).to(device) for a in (case.images, *arrays))
+    arrays = swin_inputs(case) if case.net == "swin" else case.mask
+    return model.to(device), tensors((case.images, *arrays))
 
 
 def serve(pipe, case: Case, device: str) -> None:

@@ -259,6 +259,103 @@ class VitModel(nn.Module):
         return torch.stack(losses)
 
 
+class PatchMerging(nn.Module):
+    """Joins 2 x 2 tokens inside each visible unit, (0,0), (0,1), (1,0), (1,1): [B, V*r*r, D] -> [B, V*r/2*r/2, 2D]."""
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        self.half = side // 2
+        self.norm = LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        x = x.reshape(B, -1, self.half, 2, self.half, 2, D).transpose(3, 4)  # [B, V, r/2, r/2, 2, 2, D]
+        return self.reduction(self.norm(x.reshape(B, N // 4, 4 * D)))
+
+
+class Stage(nn.Module):
+    """Blocks on plain and shifted groups in turn, then the merging, which the last stage does not have."""
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        dim, heads, side = sizes["dim"], sizes["num_heads"], sizes["unit_side"]
+        self.blocks = nn.ModuleList(
+            [Block(dim, sizes["hidden"], WindowAttention(dim, heads, sizes["window"])) for _ in range(sizes["depth"])]
+        )
+        self.downsample = PatchMerging(dim, side) if side > 1 else nn.Identity()
+
+    def forward(self, x: Tensor, groups: list[tuple[Tensor | None, ...]]) -> Tensor:
+        """x [B, N, D]; `groups` has for each shift slots [G*S], place [N], index [G, S, S] and mask [G, 1, S, S].
+
+        Slots and place are None where one group holds all tokens as they are.
+        """
+        B, _, D = x.shape
+        for j, block in enumerate(self.blocks):
+            slots, place, index, mask = groups[j % len(groups)]
+            if slots is None:
+                x = block(x, index, mask)
+            else:
+                grouped = x.index_select(1, slots).reshape(-1, index.shape[1], D)  # [B*G, S, D]
+                x = block(grouped, index, mask).reshape(B, -1, D).index_select(1, place)
+        return self.downsample(x)
+
+
+class Encoder(nn.Module):
+    """Visible tokens through all stages, a normed tap after each."""
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        stages = sizes["stages"]
+        self.patch_embed = PatchEmbed(sizes["patch"], sizes["in_chans"], stages[0]["dim"], normed=True)
+        self.layers = nn.ModuleList([Stage(stage) for stage in stages])
+        self.norm = nn.ModuleList([LayerNorm(decoder["width"]) for decoder in sizes["decoders"]])
+
+    def forward(self, images: Tensor, visible: Tensor, groups: list) -> list[Tensor]:
+        """images [B, C, H, W], visible [K] row-major patch numbers, groups of each stage -> a list of [B, K_s, D_s]."""
+        x = self.patch_embed(images).index_select(1, visible)  # [B, K, D]
+        taps = []
+        for layer, norm, of_stage in zip(self.layers, self.norm, groups):
+            x = layer(x, of_stage)
+            taps.append(norm(x))
+        return taps
+
+
+class SwinModel(nn.Module):
+    """LocalMIM on a Swin: images and a mask -> losses [scales].
+
+    Args:
+        sizes: What `peers.torch_localmim.sizes_of` gives.
+    """
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        self.units = sizes["units"]
+        self.encoder = Encoder(sizes)
+        self.decoder = nn.ModuleList([Decoder(decoder, False) for decoder in sizes["decoders"]])
+        self.hog_enc = hog_layers(sizes)
+
+    def forward(self, images: Tensor, hidden: Tensor, visible: Tensor, groups: list, restore: list[Tensor]) -> Tensor:
+        """Losses of a batch with one mask.
+
+        Args:
+            hidden: [h, w], 1 = hidden unit; visible: [K] visible patches, row-major numbers.
+            groups: Of each stage, see `Stage`.
+            restore: For each tap [L]: the place of each token, unit by unit, among visible, then hidden ones.
+        """
+        h, w = self.units
+        losses = []
+        for k, latent in enumerate(self.encoder(images, visible, groups)):
+            decoder = self.decoder[k]
+            x = decoder.with_mask_tokens(latent).index_select(1, restore[k])  # [B, L, d], unit by unit
+            B, L, d = x.shape
+            r = math.isqrt(L // (h * w))
+            x = x.reshape(B, h, w, r, r, d).transpose(2, 3).reshape(B, L, d)  # row by row
+            mask = hidden.repeat_interleave(r, 0).repeat_interleave(r, 1).reshape(1, L).expand(B, L)
+            losses.append(masked_error(decoder.predict(x), self.hog_enc[k](images), mask))
+        return torch.stack(losses)
+
+
 def initialise(model: nn.Module) -> None:
     """Xavier-uniform linear layers, normal tokens and tables; the rest is as PyTorch makes it."""
     for module in model.modules():
