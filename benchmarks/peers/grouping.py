@@ -20,7 +20,8 @@ class Groups(NamedTuple):
         slots: [G*S] the token in each slot, 0 in those left over; None where the one group has all tokens in order.
         place: [N] the slot of each token, or None.
         index: [G, S, S] row of the bias table for each pair, 0 for a pair that does not attend.
-        mask: float32 [G, 1, S, S], 0 or -100 where a pair does not attend.
+        mask: float32 [G, 1, S, S], 0 or minus infinity where a pair does not attend. (The authors have -100, whose
+            exponential is a denormal number: a CPU then multiplies several times slower. The result is the same.)
     """
 
     slots: np.ndarray | None
@@ -98,8 +99,8 @@ def group_windows(places: np.ndarray, window: int, shift: int) -> Groups:
 
 
 def relations(places: np.ndarray, labels: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """index and mask of `Groups` for tokens at places [G, S, 2] in windows [G, S]; label -1: an empty slot."""
-    same = (labels[:, :, None] == labels[:, None]) & (labels[:, :, None] >= 0)
+    """index and mask of `Groups` for tokens at places [G, S, 2] in windows [G, S]; slots of label -1 are left over."""
+    same = labels[:, :, None] == labels[:, None]
     rows, columns = np.moveaxis(places[:, :, None] - places[:, None] + window - 1, -1, 0)
     index = np.where(same, rows * (2 * window - 1) + columns, 0)
-    return index, np.where(same, 0, -100).astype(np.float32)[:, None]
+    return index, np.where(same, 0, -np.inf).astype(np.float32)[:, None]

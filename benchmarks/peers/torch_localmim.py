@@ -20,7 +20,6 @@ more than 1e-5 or gradients by more than 1e-3.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ def check_installed() -> None:
     """UserError without PyTorch."""
     from localmim.errors import UserError
 
-    if importlib.util.find_spec("torch") is None:
+    if find_spec("torch") is None:
         raise UserError("the peer torch needs PyTorch, an optional extra: pip install -r requirements-torch.txt")
 
 
@@ -72,8 +72,12 @@ def check_recipe(config) -> None:
         )
     if config.model.isolated_gradients:
         raise UserError("the peer torch has no isolated gradients: model.isolated_gradients must be false")
-    if "_swin_" in name and not config.reference_quirks:
+    if "_swin_" not in name:
+        return
+    if not config.reference_quirks:
         raise UserError("the peer torch masks and merges a Swin as the authors do: reference_quirks must be true")
+    if config.model.taps is not None or config.model.scales is not None:
+        raise UserError("the peer torch decodes every stage of a Swin: leave out model.taps and model.scales")
 
 
 def sizes_of(theirs, net: str) -> dict:

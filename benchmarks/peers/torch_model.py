@@ -53,7 +53,8 @@ class WindowAttention(Attention):
     def forward(self, x: Tensor, index: Tensor, mask: Tensor) -> Tensor:
         """x [B*G, S, D]; index [G, S, S] into the table; mask [G, 1, S, S] that is added -> [B*G, S, D]."""
         G, S, nh = index.shape[0], index.shape[1], self.num_heads
-        bias = self.relative_position_bias_table[index.reshape(-1)].reshape(G, S, S, nh).permute(0, 3, 1, 2) + mask
+        bias = self.relative_position_bias_table.index_select(0, index.reshape(-1))  # [G*S*S, nh]
+        bias = bias.reshape(G, S, S, nh).permute(0, 3, 1, 2) + mask
         q, k, v = self.heads(x)
         scores = (q * self.scale) @ k.transpose(-2, -1)  # [B*G, nh, S, S]
         scores = (scores.reshape(-1, G, nh, S, S) + bias).reshape(scores.shape)
