@@ -179,6 +179,7 @@ class Config:
     max_steps: Optional[int] = None  # stop early, after this many optimizer steps; the schedule does not change
     reference_quirks: bool = False  # compute what the authors' code does where it is peculiar, see docs/quirks.md
     max_bad_steps: int = 20  # stop after this many non-finite steps in a row
+    compile_cache: bool = True  # one CPU: keep the compiled step in output_dir for a run that goes on
     log_every: int = 10  # steps
     report_every: Optional[float] = 0.0  # epochs from one report to the next; 0: only at the end; null: none at all
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import mindspore as ms
@@ -28,6 +29,7 @@ from localmim.files import replace_text
 from localmim.models.layers import set_compute_dtype
 from localmim.training.checkpoint import Checkpoint, CheckpointStore
 from localmim.training.classification import Classification
+from localmim.training.compile_cache import kept_step, usable
 from localmim.training.diagnose import find_layer, write_dump
 from localmim.training.environment import add_session
 from localmim.training.layout import Layout, begin_layout, changes, resumed_layout
@@ -117,6 +119,7 @@ class Run:
         self.step = self.updates = self.skipped = self.bad_in_a_row = 0
         self.interval = {"steps": 0, "loss": 0.0, "losses": [0.0] * self.task.loss_parts}
         self.recorded = True
+        self.keeps_step = usable(config, self.layout, self.device)
         self.reports = Reports(self.task, self.output, self.ranks)
         if newest is None:
             self.beginning = self.task.begin()
@@ -275,7 +278,11 @@ class Run:
             RunError: Too many non-finite steps in a row; what is known about it is written to the output folder.
         """
         ids, parts = row
-        result = self.train_step(parts, self.schedule.at(self.step), self.updates + 1, stop)
+        call = parts, self.schedule.at(self.step), self.updates + 1
+        keep = kept_step(self.output, self.config, self.train_step, *call) if self.keeps_step else nullcontext()
+        self.keeps_step = False
+        with keep:
+            result = self.train_step(*call, stop)
         self.step += 1
         if result.finite:
             self.updates += 1

@@ -13,6 +13,7 @@ DIFFERS_BY_MACHINE = {"device", "init", "data.dir", "data.val_dir", "data.format
 # What may differ when a run goes on: none of it changes what is computed, except how long.
 MAY_CHANGE = {"output_dir", "device", "max_steps", "max_bad_steps", "log_every", "checkpoint", "wait_limit_s"} | {
     "report_every",
+    "compile_cache",
     *("batch_size", "accumulate"),  # with the number of devices: their product is checked
     "model.recompute",
     "data.sink",

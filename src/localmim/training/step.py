@@ -77,7 +77,8 @@ class _Gradients(nn.Cell):
 
     def __init__(self, model: nn.Cell, optimizer: Optimizer):
         super().__init__()
-        self.differentiate = ms.value_and_grad(_ScaledLoss(model), None, optimizer.parameters, has_aux=True)
+        self.scaled_loss = _ScaledLoss(model)  # an attribute, so that the frozen parameters are this cell's as well
+        self.differentiate = ms.value_and_grad(self.scaled_loss, None, optimizer.parameters, has_aux=True)
 
     def construct(self, scale: Tensor, *inputs):
         (_, loss, losses), gradients = self.differentiate(scale, *inputs)
@@ -288,6 +289,16 @@ class TrainStep:
             self.part, self.finish = _Accumulate(gradients, buffers), _UpdateFromBuffers(update, buffers)
         model.set_train()
 
+    def factors(self, lr: float, update: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The loss scale, what gradients are multiplied with, and the optimizer's scalars."""
+        scale = Tensor(self.scaler.scale, ms.float32)
+        factor = Tensor(1 / (self.scaler.scale * self.accumulate), ms.float32)
+        return scale, factor, ms.mutable(self.optimizer.scalars(lr, update))
+
+    def compile(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int) -> None:
+        """Compiles what a call with such arguments runs (where nothing is accumulated), and computes nothing."""
+        self.whole.compile(Tensor([0.0], ms.float32), *self.factors(lr, update), *tensors(parts[0]))
+
     def __call__(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int, stop: bool = False) -> StepResult:
         """One step.
 
@@ -297,9 +308,7 @@ class TrainStep:
             update: Number of this update, counted from 1 over the updates really made.
             stop: Whether this device was told to stop; all devices learn of it.
         """
-        scale = Tensor(self.scaler.scale, ms.float32)
-        factor = Tensor(1 / (self.scaler.scale * self.accumulate), ms.float32)
-        scalars = ms.mutable(self.optimizer.scalars(lr, update))
+        scale, factor, scalars = self.factors(lr, update)
         with self.ranks.limit("in a training step"):
             if self.accumulate == 1:
                 told = Tensor([float(stop)], ms.float32)
