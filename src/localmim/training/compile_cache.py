@@ -70,10 +70,10 @@ def kept_step(output: Path, config: Config, step: TrainStep, parts: list[tuple],
     key = graph_key(step, parts[0], config)
     aside = folder / f".{key}.{os.getpid()}"
     try:
-        loaded = take(folder / key, aside)
+        take(folder / key, aside)
         with environment(MS_COMPILER_CACHE_ENABLE="1", MS_COMPILER_CACHE_PATH=str(aside)):
             step.compile(parts, *scalars)
-        keep = loaded or sealed(aside, step)
+        keep = sealed(aside, step)  # read or new: MindSpore compiles where it cannot read
     except Exception as error:  # of a cache that cannot be used, or the step's own, which comes again without it
         log.warning("the step is compiled without a cache: %s", " ".join(str(error).split())[:200])
         keep = False
