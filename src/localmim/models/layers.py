@@ -245,6 +245,7 @@ class Block(nn.Cell):
         layer_scale: What the learned factors of both branches start at; None: there are none.
     """
 
+    @ms.lazy_inline(policy="front")
     def __init__(
         self,
         dim: int,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, lazy_inline, nn, ops
 from mindspore.common.initializer import Normal
 
 from localmim.models.layers import (
@@ -97,6 +97,7 @@ class WindowAttention(Attention):
 class SwinBlock(nn.Cell):
     """x + Attn(LN(x)), then x + MLP(LN(x)), attention inside windows."""
 
+    @lazy_inline(policy="front")
     def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio: float, eps: tuple[float, float]):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps[0])
