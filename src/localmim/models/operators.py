@@ -102,8 +102,7 @@ class _Normalise(nn.Cell):
         """(y [n, D], x - mean [n, D], r [n, 1]); the backward pass reads the last two."""
         D = x.shape[1]
         share = ops.ones((D, 1), ms.float32) * (1.0 / D)
-        mean = self.matmul(x, share)
-        centred = self.add_to_rows(x, -mean.reshape(-1))
+        centred = self.add_to_rows(x, self.matmul(x, -share).reshape(-1))
         r = ops.rsqrt(self.matmul(centred * centred, share) + self.eps)
         y = self.add(centred * self.matmul(r, gamma.reshape(1, D)), beta)
         return y, centred, r
@@ -115,11 +114,10 @@ class _Normalise(nn.Cell):
         along = dy * centred
         dgamma = self.matmul(r.reshape(1, n), along).reshape(D)
         dbeta = self.matmul(ops.ones((1, n), ms.float32), dy).reshape(D)
-        share = gamma.reshape(D, 1) * (1.0 / D)
-        mean, slope = self.matmul(dy, share), self.matmul(along, share) * r * r * r  # [n, 1]
-        tilt = centred * self.matmul(slope, ops.ones((1, D), ms.float32))
-        dx = dy * self.matmul(r, gamma.reshape(1, D)) - tilt
-        return self.add_to_rows(dx, -(mean * r).reshape(-1)), dgamma, dbeta
+        share = gamma.reshape(D, 1) * (-1.0 / D)
+        shift, slope = self.matmul(dy, share) * r, self.matmul(along, share) * r * r * r  # [n, 1]
+        dx = dy * self.matmul(r, gamma.reshape(1, D)) + centred * self.matmul(slope, ops.ones((1, D), ms.float32))
+        return self.add_to_rows(dx, shift.reshape(-1)), dgamma, dbeta
 
 
 class Softmax(Operator):
@@ -150,8 +148,8 @@ class _Softmax(nn.Cell):
     def bprop(self, x, out, dout):
         N = x.shape[-1]
         y, dy = out.reshape(-1, N), dout.reshape(-1, N)
-        sums = self.matmul(y * dy, ops.ones((N, 1), x.dtype)).reshape(-1)
-        return ((y * self.add_to_rows(dy, -sums)).reshape(x.shape),)
+        sums = self.matmul(y * dy, -ops.ones((N, 1), x.dtype)).reshape(-1)
+        return ((y * self.add_to_rows(dy, sums)).reshape(x.shape),)
 
 
 # Phi(x) = sigmoid(x * P(x^2)): P fitted by minimax on the error of GELU over |x| < 6.2. The leading coefficient is

@@ -86,18 +86,19 @@ class _Gradients(nn.Cell):
 
 
 # Maps over gradients, not loops: graph mode unrolls a loop into calls nested too deep for a large model.
-_sum = ops.MultitypeFuncGraph("sum")
+_sums = ops.MultitypeFuncGraph("sums")
 _square = ops.MultitypeFuncGraph("square")
 _times = ops.MultitypeFuncGraph("times")
 _add_to = ops.MultitypeFuncGraph("add_to")
 _clear = ops.MultitypeFuncGraph("clear")
 
 
-@_sum.register("Tensor")
-def _sum_one(x):
+@_sums.register("Tensor")
+def _sums_of_columns(x):
+    if len(x.shape) < 2:
+        return x.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
-    columns = ops.matmul(ops.ones((1, rows.shape[0]), x.dtype), rows)  # [1, n]
-    return ops.matmul(columns, ops.ones((x.shape[-1], 1), x.dtype)).reshape(())
+    return ops.MatMul()(ops.ones((1, rows.shape[0]), x.dtype), rows).reshape(-1)
 
 
 @_square.register("Tensor")
@@ -196,7 +197,8 @@ class _Update(nn.Cell):
             shrink = ops.minimum(self.clip / (norm + 1e-6), Tensor(1.0, ms.float32))
             gradients = self.map_(ops.partial(_times, shrink), gradients)
         else:  # a sum of everything, as products with ones, is not finite when anything in it is not
-            finite = ops.isfinite(ops.addn(self.map_(_sum, gradients)) + loss)
+            sums = ops.concat(self.map_(_sums, gradients)).reshape(1, -1)
+            finite = ops.isfinite(ops.MatMul()(sums, ops.ones((sums.shape[1], 1), sums.dtype)).reshape(()) + loss)
         if finite:
             self.optimizer(gradients, *scalars)
             if self.average is not None:
