@@ -12,7 +12,7 @@ from localmim import cli
 from localmim.config import DataConfig
 from localmim.data import TrainPipeline, eval_batches, open_source, pack
 from localmim.data.__main__ import main
-from localmim.data.sources import MindRecordSource
+from localmim.data.sources import MindRecordSource, UnreadableImage
 from localmim.errors import UserError
 
 
@@ -61,23 +61,53 @@ def test_bad_image_inside_a_shard(tree, packed, tmp_path):
 def test_ranks_read_their_own_records(packed, monkeypatch):
     """Two ranks read disjoint halves, and together every record once; breaking off and beginning later is quick."""
     asked = []
-    records = MindRecordSource._records
-
-    def spy(self, column, order):
-        asked.append(sorted(int(i) for i in order))
-        return records(self, column, order)
-
+    read = MindRecordSource._read
     source = open_source(str(packed))
-    monkeypatch.setattr(MindRecordSource, "_records", spy)
+    monkeypatch.setattr(MindRecordSource, "_read", lambda self, i: asked.append(i) or read(self, i))
+    halves = []
     for rank in range(2):
+        asked.clear()
         data = TrainPipeline(source, DataConfig(workers=1), (16, 16), 3, 4, seed=0, rank=rank, world=2)
         whole = list(data.epoch(0))
-        assert asked[-1] == sorted(np.concatenate([batch.ids for batch in whole]).tolist())
+        halves.append(sorted(asked))
+        assert halves[-1] == sorted(np.concatenate([batch.ids for batch in whole]).tolist())
+        asked.clear()
         running = data.epoch(0, start_step=2)
         np.testing.assert_array_equal(next(running).images, whole[2].images)
         running.close()
-        assert len(asked.pop()) == 12
-    assert len(asked) == 2 and sorted(asked[0] + asked[1]) == list(range(40))
+        assert len(asked) <= 12 and asked[:4] == whole[2].ids.tolist()
+    assert sorted(halves[0] + halves[1]) == list(range(40))
+
+
+def test_records_read_by_minddata(packed, tree, tmp_path):
+    """Rows with other bytes beside the image are MindData's to read: the same images, in the same batches."""
+    folder = open_source(str(tree))
+    writer = FileWriter(str(tmp_path / "x.mindrecord"), shard_num=1)
+    writer.add_schema({"image": {"type": "bytes"}, "extra": {"type": "bytes"}, "label": {"type": "int64"}}, "two")
+    writer.write_raw_data([{"image": folder[i].tobytes(), "extra": b"12", "label": i} for i in range(40)])
+    writer.commit()
+    direct, other = open_source(str(packed)), open_source(str(tmp_path))
+    assert direct.direct and not other.direct
+    assert sorted(other[i].tobytes() for i in range(40)) == sorted(direct[i].tobytes() for i in range(40))
+    config = DataConfig(workers=1)
+    data = TrainPipeline(other, config, (16, 16), 3, 4, seed=3)
+    for batch in data.epoch(1):
+        assert len(set(batch.ids.tolist())) == 4
+    running = data.epoch(0)
+    first = next(running)
+    running.close()
+    np.testing.assert_array_equal(next(data.epoch(0)).images, first.images)
+
+
+def test_a_shard_that_is_gone(packed, tmp_path):
+    """What cannot be opened any more is an unreadable image with the system's reason."""
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    source = open_source(str(tmp_path))
+    (tmp_path / "images-00001-of-00003.mindrecord").unlink()
+    assert source[0].size
+    with pytest.raises(UnreadableImage, match="No such file"):
+        source[20]
 
 
 def test_half_of_the_records_are_bad(tree, tmp_path):

@@ -18,7 +18,8 @@ from PIL import Image
 from localmim.config import DataConfig
 from localmim.data import ArraySource, TrainPipeline, eval_batches, open_source
 from localmim.data.augment import ERASE, RAND_AUGMENT, RandAugment, RandomErasing, generator, parse_policy
-from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, one_ahead, resize
+from localmim.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, Memory, one_ahead
+from localmim.data.resize import resize
 from localmim.errors import UserError
 
 SIZE = (24, 32)
@@ -303,7 +304,7 @@ def test_channel_counts(tmp_path, in_chans, kind):
 
 
 def test_wrong_channel_count_is_a_bad_image(tmp_path):
-    """It is named with its shape, not passed on to a crash inside MindData."""
+    """It is named with its shape, not passed on to a crash inside the resizing."""
     for k in range(4):
         np.save(tmp_path / f"{k}.npy", np.zeros((9, 9, 4 if k == 2 else 5), np.uint8))
     with pytest.raises(UserError, match=r"1 of 4 images cannot be read.*2\.npy"):
@@ -342,7 +343,7 @@ def test_what_an_augmented_image_depends_on():
 
 
 def test_an_error_in_augmentation_is_raised():
-    """MindData is told to skip images that fail; one that the augmentation refuses must not vanish that way."""
+    """An image that the augmentation refuses is no unreadable one, which another would stand in for."""
     images = [draw(k, *SIZE) for k in range(8)]
     images[5] = images[5].astype(np.float32) / 255
     with pytest.raises(UserError, match=r"data\.rand_augment needs 8 bit colour images, .* float32 of shape"):
@@ -383,6 +384,23 @@ def test_one_ahead():
     assert [next(taken), next(taken)] == [1, 2]
     with pytest.raises(ValueError, match="three"):
         next(taken)
+
+
+def test_memory_is_used_again():
+    """Only what nobody holds, not even a part of it, is given out again."""
+    memory = Memory()
+    first = memory.array((4, 3, 2))
+    first[:] = 1
+    part = first[1, 1:]
+    where = first.ctypes.data
+    del first
+    second = memory.array((4, 3, 2))
+    assert second.ctypes.data != where and (part == 1).all()
+    del part
+    assert memory.array((4, 3, 2)).ctypes.data == where
+    assert memory.array((4, 3)).shape == (4, 3)
+    held = [memory.array((4, 3, 2)) for _ in range(9)]
+    assert len({array.ctypes.data for array in held} | {second.ctypes.data}) == 10 and len(memory.kept) == Memory.MOST
 
 
 def test_nothing_stays_behind(tree):

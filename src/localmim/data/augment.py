@@ -101,11 +101,15 @@ class RandomCrop:
             w = max(1, round(height * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
 
+    def part(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+        """The part of [H, W, C], a view [h, w, C], and whether it is to be mirrored."""
+        top, left, h, w = self.box(*image.shape[:2], rng)
+        return image[top : top + h, left : left + w], rng.random() < self.hflip
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """[H, W, C] to a contiguous [h, w, C]; the argument stays as it is."""
-        top, left, h, w = self.box(*image.shape[:2], rng)
-        part = image[top : top + h, left : left + w]
-        if rng.random() < self.hflip:
+        part, mirrored = self.part(image, rng)
+        if mirrored:
             return cv2.flip(part, 1).reshape(part.shape)  # OpenCV drops an axis of one channel
         return np.ascontiguousarray(part)
 

@@ -4,9 +4,8 @@ The order of an epoch is a numpy permutation of (seed, epoch), and crops, mirror
 their numbers from `generator`. So the number of threads, the size of a batch, the number of devices and the step that
 a run goes on from change nothing: step s over all ranks is always the same images with the same pixels.
 
-MindData calls a Python function for each image, which reads, decodes (OpenCV) and crops it; MindData's C++ operators
-resize in the same thread. 8 bit pixels come out; a thread of ours normalises them into the next batch while the
-training step runs.
+Threads of ours each read, decode (OpenCV), crop, resize (`localmim.data.resize`) and normalise an image straight into
+its place in a batch, all of it outside Python's lock; they are one batch ahead of the training step.
 
 The place of an image that cannot be read is given to the one that stands there one step later in the permutation, or
 two, ..., from the start again after the end. That too depends on the permutation and the files alone, so a run that
@@ -17,21 +16,23 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import cached_property, lru_cache
-from itertools import count, islice
+from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
-from mindspore.dataset import transforms, vision
 
 from localmim.config import DataConfig
 from localmim.data.augment import (
     CROP,
     ERASE,
+    INTERPOLATION,
     RAND_AUGMENT,
     RandAugment,
     RandomCrop,
@@ -39,7 +40,8 @@ from localmim.data.augment import (
     generator,
     parse_policy,
 )
-from localmim.data.sources import Source, UnreadableImage, decode, numbered
+from localmim.data.resize import normalise, resize, resized_lines, to_image, to_lines
+from localmim.data.sources import Source, UnreadableImage, decode
 from localmim.errors import UserError
 from localmim.worker import LOCAL_DEVICES
 
@@ -47,10 +49,8 @@ log = logging.getLogger("localmim.data")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PILLOW = vision.Inter.PILCUBIC  # Pillow's antialiased bicubic, which MindData has for 8 bit RGB alone
-INTERPOLATION = {"bicubic": vision.Inter.BICUBIC, "bilinear": vision.Inter.BILINEAR}
 EVAL_MARGIN = 256 / 224  # short side after resizing, in units of the crop
-READ_ROWS = 32  # images that come out of MindData at a time
+UNUSED = 3  # references to an array of `Memory`: its list's, the loop's and the count's own
 MOST_STAND_INS = 64  # images that are looked at together for one place
 
 Rows = tuple[np.ndarray, np.ndarray]  # images float32 [n, C, H, W], sample numbers int32 [n]
@@ -124,28 +124,24 @@ class BadImages:
             )
 
 
-class ImageOp:
-    """A Python function in a MindData map, called in its threads.
+class Memory:
+    """Arrays in memory that is used again when nobody holds them any more: the system zeroes what it newly gives.
 
-    The first error is kept for whoever takes the batches, and `blank` comes out from then on: MindData would make a
-    RuntimeError with pages of text of it.
-
-    Args:
-        call: gives an image [H, W, C] for the columns of a row.
-        blank: what stands for an image that there is none of.
+    For one thread.
     """
 
-    def __init__(self, call: Callable[..., np.ndarray], blank: np.ndarray):
-        self.call, self.blank = call, blank
-        self.error: Exception | None = None
+    MOST = 4  # of them that are kept
 
-    def __call__(self, *columns: np.ndarray) -> np.ndarray:
-        if self.error is None:
-            try:
-                return self.call(*columns)
-            except Exception as error:
-                self.error = error
-        return self.blank
+    def __init__(self):
+        self.kept: list[np.ndarray] = []
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, of any values."""
+        for own in self.kept:
+            if own.shape == shape and sys.getrefcount(own) == UNUSED:
+                return own[:]  # every view of a view holds `own` itself
+        self.kept = [*self.kept[1 - self.MOST :], np.empty(shape, np.float32)]
+        return self.kept[-1][:]
 
 
 class TrainPipeline:
@@ -200,8 +196,7 @@ class TrainPipeline:
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.workers = resolve_workers(config.workers)
         self.mean, self.std = resolve_mean_std(config, in_chans)
-        shape = (in_chans, 1, 1)
-        self.shift, self.scale = (self.mean * 255).reshape(shape), 1 / (self.std * np.float32(255)).reshape(shape)
+        self.shift, self.scale = self.mean * 255, 1 / (self.std * np.float32(255))
         self.crop = RandomCrop(config.crop_scale, config.crop_ratio, config.hflip)
         self.erase = RandomErasing(config.erase) if config.erase else None
         self.rand_augment = None
@@ -243,22 +238,15 @@ class TrainPipeline:
 
     def _batches(self, epoch: int, start_step: int) -> Generator[tuple[Batch, list[tuple[int, str]]], None, None]:
         """Batches, and what could not be read on the way to each: numbers and reasons."""
-        order, found = self.order(epoch), []
+        order = self.order(epoch)
         steps = np.arange(start_step, self.steps_per_epoch)[:, None] * self.step_images
         places = steps + self.rank * self.batch_size + np.arange(self.batch_size)  # [steps, B], in order
-        with closing(self._read(order[places.ravel()], epoch, found)) as rows:
-            for own in places:
-                images = np.empty((self.batch_size, self.in_chans, *self.image_size), np.float32)
-                ids, missing = order[own], []
-                for slot, (pixels, sample) in enumerate(islice(rows, self.batch_size)):
-                    if pixels is None:
-                        missing.append(slot)
-                    else:
-                        self._finish(pixels, sample, epoch, images[slot])
+        with closing(self._read(order[places.ravel()], epoch)) as read:
+            for own, (images, ids, missing) in zip(places, read):
+                found = [(int(ids[slot]), reason) for slot, reason in missing.items()]
                 if missing:
                     self._stand_in(images, ids, {slot: int(own[slot]) for slot in missing}, order, epoch, found)
-                yield Batch(images, ids, self.source.labels[ids]), found.copy()
-                found.clear()
+                yield Batch(images, ids, self.source.labels[ids]), found
 
     def _stand_in(
         self,
@@ -297,81 +285,65 @@ class TrainPipeline:
 
     def _rows(self, rows: np.ndarray, epoch: int, found: list[tuple[int, str]]) -> Iterator[Rows]:
         """Augmented images of `rows` and their numbers, in order; the unreadable ones go to `found` instead."""
-        with closing(self._read(rows, epoch, found)) as read:
-            while part := list(islice(read, self.batch_size)):
-                part = [(pixels, sample) for pixels, sample in part if pixels is not None]
-                images = np.empty((len(part), self.in_chans, *self.image_size), np.float32)
-                for image, (pixels, sample) in zip(images, part):
-                    self._finish(pixels, sample, epoch, image)
-                yield images, np.asarray([sample for _, sample in part], np.int32)
+        with closing(self._read(rows, epoch)) as read:
+            for images, ids, missing in read:
+                found += [(int(ids[slot]), reason) for slot, reason in missing.items()]
+                kept = [slot for slot in range(len(ids)) if slot not in missing]
+                yield (images[kept], ids[kept]) if missing else (images, ids)
 
-    def _finish(self, pixels: np.ndarray, sample: int, epoch: int, image: np.ndarray) -> None:
-        """Normalises (and erases) `pixels`, 0..255 [C, H, W], into `image`, float32 [C, H, W]."""
-        np.subtract(pixels, self.shift, out=image)
-        image *= self.scale
+    def _read(
+        self, rows: np.ndarray, epoch: int
+    ) -> Generator[tuple[np.ndarray, np.ndarray, dict[int, str]], None, None]:
+        """The images `rows` in order, augmented, a batch at a time; the last one may be short.
+
+        Yields float32 [n, C, H, W], the numbers int32 [n], and the places of those that cannot be read, with reasons.
+        """
+        parts = [rows[first : first + self.batch_size].copy() for first in range(0, len(rows), self.batch_size)]
+        memory = Memory()
+
+        def jobs() -> Iterator[tuple[np.ndarray, np.ndarray, int, Callable[[], np.ndarray]]]:
+            loaders = self.source.loaders(rows)
+            for part in parts:
+                images = memory.array((len(part), self.in_chans, *self.image_size))
+                for image in images:
+                    yield images, image, *next(loaders)
+
+        def make(job: tuple[np.ndarray, np.ndarray, int, Callable[[], np.ndarray]]) -> tuple[np.ndarray, str | None]:
+            images, image, sample, load = job
+            try:
+                self._make(load(), sample, epoch, image)
+            except UnreadableImage as error:
+                return images, str(error)
+            return images, None
+
+        with closing(ordered_map(make, jobs(), self.workers)) as made:
+            for part in parts:
+                done = list(islice(made, len(part)))
+                missing = {slot: reason for slot, (_, reason) in enumerate(done) if reason is not None}
+                yield done[0][0], part, missing
+
+    def _make(self, stored: np.ndarray, sample: int, epoch: int, image: np.ndarray) -> None:
+        """Makes `image`, float32 [C, H, W], of what the source holds. UnreadableImage when it cannot be decoded."""
+        whole = decode(stored, 3) if self.source.encoded else stored
+        lines = self._resized(*self.crop.part(whole, generator(self.seed, epoch, sample, CROP)))
+        if self.rand_augment:
+            lines = to_lines(self.rand_augment(to_image(lines), generator(self.seed, epoch, sample, RAND_AUGMENT)))
+        if self.source.encoded and self.in_chans == 1:
+            lines = cv2.cvtColor(to_image(lines), cv2.COLOR_RGB2GRAY)[:, None]
+        normalise(lines, self.shift, self.scale, image)
         if self.erase:
             erased = self.erase(image, generator(self.seed, epoch, sample, ERASE))
             if erased is not image:
                 image[:] = erased
 
-    def _read(
-        self, rows: np.ndarray, epoch: int, found: list[tuple[int, str]]
-    ) -> Generator[tuple[np.ndarray | None, int], None, None]:
-        """The images `rows` in order, cropped: pixels 0..255 [C, H, W], uint8 or float32, and the number of each.
-
-        Of one that cannot be read the number and the reason are added to `found`; its pixels are None.
-        """
-        unreadable: dict[int, str] = {}  # number: reason
-        blank = np.zeros((*self.image_size, 3 if self.source.encoded else self.in_chans), np.uint8)
-
-        def load(stored: np.ndarray, sample: np.ndarray) -> np.ndarray:
-            try:
-                image = self.source.image(stored)
-                image = decode(image, 3) if self.source.encoded else image
-            except UnreadableImage as error:
-                unreadable[int(sample)] = str(error)
-                return blank
-            part = self.crop(image, generator(self.seed, epoch, int(sample), CROP))
-            return part if part.dtype == np.uint8 else part * np.float32(255)
-
-        def augment(image: np.ndarray, sample: np.ndarray) -> np.ndarray:
-            return self.rand_augment(image, generator(self.seed, epoch, int(sample), RAND_AUGMENT))
-
-        resize, last = self._operators()
-        ops = [ImageOp(load, blank)]
-        columns = ["stored", "sample"], ["image"]
-        dataset = self.source.dataset(rows)
-        if self.rand_augment:
-            ops.append(ImageOp(augment, blank))
-            dataset = dataset.map([ops[0], *resize], *columns, num_parallel_workers=self.workers)
-            dataset, columns = numbered(dataset, rows), (["image", "sample"], ["image"])
-            resize = []
-        dataset = dataset.map([ops[-1], *resize, *last], *columns, num_parallel_workers=self.workers)
-        dataset = dataset.batch(READ_ROWS, num_parallel_workers=1)
-        iterator = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)
-        try:
-            for first, (images,) in zip(count(0, READ_ROWS), iterator):
-                for op in ops:
-                    if op.error:
-                        raise op.error
-                images = images.reshape(-1, self.in_chans, *self.image_size)
-                for pixels, sample in zip(images, rows[first : first + READ_ROWS].tolist()):
-                    if sample in unreadable:
-                        found.append((sample, unreadable[sample]))
-                    yield None if sample in unreadable else pixels, sample
-        finally:
-            iterator.stop()
-
-    def _operators(self) -> tuple[list, list]:
-        """MindData's operators on a crop (h, w, C): to the image's size, then to the form that leaves MindData."""
-        pillow = self.config.interpolation == "bicubic" and self.source.eight_bit_rgb
-        resize = [vision.Resize(self.image_size, PILLOW if pillow else INTERPOLATION[self.config.interpolation])]
-        last = [vision.HWC2CHW()]
-        if self.source.encoded and self.in_chans == 1:
-            last.insert(0, vision.ConvertColor(vision.ConvertMode.COLOR_RGB2GRAY))
-        if not self.source.eight_bit_rgb:  # types may differ from image to image
-            last.append(transforms.TypeCast(np.float32))
-        return resize, last
+    def _resized(self, part: np.ndarray, mirrored: bool) -> np.ndarray:
+        """A crop (h, w, C) as lines [H, C, W] of values 0..255, uint8 or float32."""
+        if part.dtype == np.uint8 and self.config.interpolation == "bicubic":
+            return resized_lines(part, self.image_size, mirrored)
+        part = part[:, ::-1] if mirrored else part
+        part = np.ascontiguousarray(part) if part.dtype == np.uint8 else part * np.float32(255)
+        pixels = cv2.resize(part, self.image_size[::-1], interpolation=INTERPOLATION[self.config.interpolation])
+        return to_lines(pixels)
 
 
 def eval_batches(
@@ -443,31 +415,6 @@ def _centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     image = resize(image, (size[0], size[1]))
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     return image[top : top + height, left : left + width]
-
-
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, C) -> (*size, C) as Pillow's bicubic, which shrinks with antialiasing; 8 bit to the bit, or float.
-
-    Rows first, then columns, as Pillow had it in the authors' time; today it begins with the side that shrinks more.
-    """
-    H, W, C = image.shape
-    if image.dtype != np.uint8:
-        rows = np.tensordot(bicubic_weights(H, size[0]), image, 1)  # [h, W, C]
-        return np.tensordot(bicubic_weights(W, size[1]), rows, (1, 1)).transpose(1, 0, 2)  # [w, h, C] -> [h, w, C]
-    threes = [np.minimum(np.arange(i, i + 3), C - 1) for i in range(0, C, 3)]
-    parts = [vision.Resize(size, PILLOW)(np.ascontiguousarray(image[..., three])) for three in threes]
-    return np.concatenate(parts, axis=2)[..., :C]
-
-
-@lru_cache(maxsize=256)
-def bicubic_weights(before: int, after: int) -> np.ndarray:
-    """What each of `before` pixels in a row gives to each of `after`, float32 [after, before]; a = -0.5."""
-    step = before / after
-    wide = max(step, 1.0)  # the kernel grows when the image shrinks
-    x = np.abs((np.arange(before) + 0.5) - (np.arange(after)[:, None] + 0.5) * step) / wide
-    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = np.where(x < 1, inner, np.where(x < 2, outer, 0))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def ordered_map(call: Callable, items: Iterable, threads: int) -> Iterator:

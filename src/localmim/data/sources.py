@@ -12,12 +12,14 @@ that begin with a dot are not looked at.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import sqlite3
 import zlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,6 +35,7 @@ log = logging.getLogger("localmim.data")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy")
 UNSUPPORTED_SUFFIXES = (".gif", ".heic", ".jp2", ".avif", ".svg")  # images that cannot be decoded: said, not hidden
+MOST_HEADER = 1 << 24  # bytes of the header of a MindRecord shard
 CIFAR_TRAIN = {"cifar10": [f"data_batch_{i}.bin" for i in range(1, 6)], "cifar100": ["train.bin"]}
 CIFAR_CLASSES = {"cifar10": (10, "batches.meta.txt"), "cifar100": (100, "fine_label_names.txt")}
 
@@ -109,11 +112,6 @@ class Source(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def eight_bit_rgb(self) -> bool:
-        """Whether all images are 8 bit RGB where they are cropped for training; what is decoded there is."""
-        return self.encoded
-
     @abstractmethod
     def __getitem__(self, i: int) -> np.ndarray:
         """Image i: bytes or array (see the module). UnreadableImage when that is impossible."""
@@ -145,23 +143,10 @@ class Source(ABC):
         for i in order:
             yield int(i), partial(self.__getitem__, int(i))
 
-    def dataset(self, order: np.ndarray) -> ds.Dataset:
-        """The images `order` (int32) in order: columns `stored`, which `image` takes, and `sample` (int32)."""
-        return ds.NumpySlicesDataset({"stored": order, "sample": order}, shuffle=False)
-
-    def image(self, stored: np.ndarray) -> np.ndarray:
-        """`s[i]` of a row of `dataset`; may be called in any thread."""
-        return self[int(stored)]
-
 
 def spread(total: int, count: int) -> list[int]:
     """At most `count` numbers below `total`, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
-
-
-def numbered(rows: ds.Dataset, order: np.ndarray) -> ds.Dataset:
-    """`rows` with a column `sample` besides: its values are `order`."""
-    return ds.zip((rows, ds.NumpySlicesDataset({"sample": order}, shuffle=False)))
 
 
 class FileSource(Source):
@@ -185,7 +170,8 @@ class FileSource(Source):
         try:
             if path.lower().endswith(".npy"):
                 return _checked(np.load(path, allow_pickle=False), self.in_chans)
-            raw = np.fromfile(path, np.uint8)
+            with open(path, "rb", buffering=0) as file:
+                raw = np.frombuffer(file.read(), np.uint8)
         except (OSError, ValueError, EOFError) as error:
             raise UnreadableImage(getattr(error, "strerror", None) or str(error).split("\n")[0]) from None
         return raw if self.encoded else decode(raw, self.in_chans)
@@ -212,10 +198,6 @@ class ArraySource(Source):
 
     encoded = False
 
-    @property
-    def eight_bit_rgb(self) -> bool:
-        return getattr(self.images, "dtype", None) == np.uint8 and self.images.shape[-1] == 3
-
     def __init__(
         self,
         images: Sequence[np.ndarray],
@@ -237,17 +219,22 @@ class ArraySource(Source):
 
 
 class MindRecordSource(Source):
-    """Encoded images in MindRecord shards, read by MindData itself.
+    """Encoded images in MindRecord shards.
 
     Shards written by `python -m localmim.data pack`, or any whose image column is called `image` or `data`; columns
-    `label` and `name` (or `file_name`) are used where they exist.
+    `label` and `name` (or `file_name`) are used where they exist. Where images are the only bytes of a row, as in those
+    of `pack`, they are read at the places that the index names, by any thread; MindData, which reads all others, takes
+    five times as long. What comes first in each shard must be what MindData reads.
     """
 
     def __init__(self, files: list[Path], class_names: list[str]):
         self.files, self.class_names = [str(file) for file in files], class_names
         self.names: list[str] = []
         labels: list[int] = []
+        self.firsts: list[int] = []  # of each shard: the number of its first image
+        places = []  # of each shard: where the bytes of its images begin and end, int64 [n, 2]
         for file in files:
+            self.firsts.append(len(labels))
             table = _index_of(file)
             columns = {row[1] for row in table.execute("PRAGMA table_info(indexes)")}
             label = "label_0" if "label_0" in columns else "-1"
@@ -255,9 +242,12 @@ class MindRecordSource(Source):
             for row in table.execute(f"SELECT {label}, {name} FROM indexes ORDER BY row_id"):
                 labels.append(row[0])
                 self.names.append(row[1])
+            places.append(_places(file, table))
             table.close()
         self.labels = np.asarray(labels, np.int32)
         self.column = self._image_column()
+        self.places = np.concatenate(places)
+        self.direct = len(self.places) == len(labels) and all(map(self._is_direct, self.firsts))
 
     def _image_column(self) -> str:
         for column in ("image", "data"):
@@ -273,21 +263,33 @@ class MindRecordSource(Source):
         sampler = ds.SubsetSampler([int(i) for i in order])
         return ds.MindDataset(self.files, columns_list=[column], sampler=sampler, num_parallel_workers=1)
 
+    def _is_direct(self, i: int) -> bool:
+        """Whether image i is where the index says."""
+        return i == len(self.labels) or np.array_equal(self._read(i), next(self._by_minddata([i]))[1]())
+
+    def _read(self, i: int) -> np.ndarray:
+        begin, end = self.places[i].tolist()
+        try:
+            with open(self.files[bisect_right(self.firsts, i) - 1], "rb", buffering=0) as opened:
+                opened.seek(begin)
+                raw = opened.read(end - begin)
+        except OSError as error:
+            raise UnreadableImage(error.strerror) from None
+        return np.frombuffer(raw, np.uint8)
+
     def __getitem__(self, i: int) -> np.ndarray:
-        """For a single look; `loaders` and `dataset` are the fast ways."""
-        return next(self.loaders([i]))[1]()
+        return self._read(i) if self.direct else next(self._by_minddata([i]))[1]()
 
     def loaders(self, order: Sequence[int]) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+        return super().loaders(order) if self.direct else self._by_minddata(order)
+
+    def _by_minddata(self, order: Sequence[int]) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         rows = self._records(self.column, order).create_tuple_iterator(num_epochs=1, output_numpy=True)
-        for i, (record,) in zip(order, rows):
-            yield int(i), partial(np.frombuffer, record.tobytes(), np.uint8)
-
-    def dataset(self, order: np.ndarray) -> ds.Dataset:
-        """As of any source, but `stored` is a record that MindData has read, and read ahead."""
-        return numbered(self._records(self.column, order).rename([self.column], ["stored"]), order)
-
-    def image(self, stored: np.ndarray) -> np.ndarray:
-        return np.frombuffer(stored.tobytes(), np.uint8)
+        try:
+            for i, (record,) in zip(order, rows):
+                yield int(i), partial(np.frombuffer, record.tobytes(), np.uint8)
+        finally:
+            rows.stop()
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -475,6 +477,29 @@ def _open_mindrecord(where: Path) -> MindRecordSource:
                 raise UserError(f"data.dir: {where} lacks the MindRecord shard {absent[0]}")
     listed = files[0].parent / "classes.txt"
     return MindRecordSource(files, listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else [])
+
+
+def _places(file: Path, table: sqlite3.Connection) -> np.ndarray:
+    """Where the images of a shard begin and end in it, int64 [n, 2]; none where they are not the only bytes of a row.
+
+    A shard begins with the length of its header, 8 bytes, and the header, JSON. Pages of one size follow at
+    `header_size`, and the index has the page of a row's bytes, and where in it they begin, with their length, and end.
+    """
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, MOST_HEADER)))
+            first, size, packed = (header[key] for key in ("header_size", "page_size", "compression_size"))
+            alone = all(len(schema["blob_fields"]) == 1 for schema in header["schema"])
+        except (ValueError, KeyError, TypeError):  # encrypted, damaged, or of another version
+            return np.empty((0, 2), np.int64)
+    if packed or not alone:
+        return np.empty((0, 2), np.int64)
+    columns = "page_id_blob, page_offset_blob, page_offset_blob_end"
+    rows = table.execute(f"SELECT {columns} FROM indexes ORDER BY row_id").fetchall()
+    page, begin, end = np.array(rows, np.int64).reshape(-1, 3).T
+    start = first + size * page
+    return np.stack([start + begin + 8, start + end], axis=1)
 
 
 def _index_of(file: Path) -> sqlite3.Connection:
