@@ -6,8 +6,10 @@
 Everything decodes, takes a random resized crop of 224 pixels (bicubic), mirrors, normalises and gives float32
 [B, 3, 224, 224]. The ways take turns within each round, so a busy machine slows all of them. Pillow runs with the same
 number of workers, once as threads and once as processes that hand batches over in shared memory; the faster one is
-compared. --augment adds the folder with what fine-tuning does besides, RandAugment and random erasing (no Pillow
-counterpart). Without --data-dir the images are drawn: smooth shapes and noise, JPEG of about 500x400. One JSON line.
+compared. `loader` is what people write instead, a DataLoader's processes with torchvision's transforms, one by one and
+collated: crop, resize, mirror, to an array of floats in 0..1, normalise, stack. --augment adds the folder with what
+fine-tuning does besides, RandAugment and random erasing (no Pillow counterpart). Without --data-dir the images are
+drawn: smooth shapes and noise, JPEG of about 500x400. One JSON line.
 """
 
 from __future__ import annotations
@@ -56,11 +58,8 @@ def draw_images(folder: Path, count: int) -> None:
         cv2.imwrite(str(folder / f"{k:05d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
-def pillow_sample(path: str, rng: np.random.Generator, out: np.ndarray) -> None:
-    """One image through Pillow and numpy into out, float32 [3, 224, 224]."""
-    with open(path, "rb") as file:
-        image = Image.open(io.BytesIO(file.read())).convert("RGB")
-    width, height = image.size
+def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random part."""
     for _ in range(10):
         area = width * height * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -69,7 +68,14 @@ def pillow_sample(path: str, rng: np.random.Generator, out: np.ndarray) -> None:
             break
     else:
         w, h = width, height
-    left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+    return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
+
+
+def pillow_sample(path: str, rng: np.random.Generator, out: np.ndarray) -> None:
+    """One image through Pillow and numpy into out, float32 [3, 224, 224]."""
+    with open(path, "rb") as file:
+        image = Image.open(io.BytesIO(file.read())).convert("RGB")
+    left, top, w, h = random_box(*image.size, rng)
     image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -83,6 +89,26 @@ def pillow_batch(paths: list[str], seed: int, out: np.ndarray) -> None:
     rng = np.random.default_rng(seed)
     for path, slot in zip(paths, out):
         pillow_sample(path, rng, slot)
+
+
+def loader_sample(path: str, rng: np.random.Generator) -> np.ndarray:
+    """One image as RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize make it, in numpy."""
+    with open(path, "rb") as file:
+        image = Image.open(file).convert("RGB")
+    left, top, w, h = random_box(*image.size, rng)
+    image = image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.ascontiguousarray(np.array(image).transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
+    return (pixels - MEAN[:, None, None]) / STD[:, None, None]
+
+
+def loader_batch(paths: list[str], seed: int, out: np.ndarray) -> None:
+    rng = np.random.default_rng(seed)
+    np.stack([loader_sample(path, rng) for path in paths], out=out)
+
+
+FILLS = {"processes": pillow_batch, "loader": loader_batch}
 
 
 def batches_of(paths: list[str], size: int) -> list[list[str]]:
@@ -113,14 +139,14 @@ class PillowThreads:
         self.pool.shutdown()
 
 
-def _fill(job: tuple[str, int, list[str], int]) -> int:
+def _fill(job: tuple[str, str, int, list[str], int]) -> int:
     """In a worker process: one batch into slot `slot` of the shared memory."""
-    name, slot, paths, seed = job
+    way, name, slot, paths, seed = job
     if name not in _attached:
         _attached[name] = shared_memory.SharedMemory(name=name)
     shape = (len(paths), 3, SIZE, SIZE)
     out = np.ndarray(shape, np.float32, _attached[name].buf, offset=slot * int(np.prod(shape)) * 4)
-    pillow_batch(paths, seed, out)
+    FILLS[way](paths, seed, out)
     return slot
 
 
@@ -130,9 +156,8 @@ _attached: dict[str, shared_memory.SharedMemory] = {}
 class PillowProcesses:
     """Processes, each a batch of its own, written into shared memory; two batches a process are under way."""
 
-    name = "processes"
-
-    def __init__(self, workers: int, batch_size: int):
+    def __init__(self, workers: int, batch_size: int, name: str = "processes"):
+        self.name = name
         self.slots, self.size = 2 * workers, batch_size
         self.memory = shared_memory.SharedMemory(create=True, size=self.slots * batch_size * 3 * SIZE * SIZE * 4)
         self.pool = multiprocessing.get_context("spawn").Pool(workers)
@@ -144,7 +169,9 @@ class PillowProcesses:
         for k, batch in enumerate(batches_of(paths, self.size)):
             if len(running) == self.slots:
                 yield images[running.pop(0).get()]
-            running.append(self.pool.apply_async(_fill, ((self.memory.name, k % self.slots, batch, seed + k),)))
+            running.append(
+                self.pool.apply_async(_fill, ((self.name, self.memory.name, k % self.slots, batch, seed + k),))
+            )
         for job in running:
             yield images[job.get()]
 
@@ -215,6 +242,8 @@ def main() -> None:
                 ways["augmented"] = TrainPipeline(folder, augmented, (SIZE, SIZE), 3, size, seed=0).epoch
             paths = [str(root / folder.name(i)) for i in range(len(folder))]
             peers = [PillowThreads(workers, size), PillowProcesses(workers, size)]
+            loader = PillowProcesses(workers, size, "loader")
+            ways["loader"] = lambda epoch: loader.epoch(paths, epoch)
             for peer in peers:
                 ways[f"pillow_{peer.name}"] = lambda epoch, peer=peer: peer.epoch(paths, epoch)
             try:
@@ -225,7 +254,7 @@ def main() -> None:
                         if turn:
                             rates[name].append(measured)
             finally:
-                for peer in peers:
+                for peer in [*peers, loader]:
                     peer.close()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -237,6 +266,7 @@ def main() -> None:
     result.update(pillow_images_per_s=round(pillow, 1), pillow_workers_are=best, workers=workers, cores=os.cpu_count())
     result.update(images=len(paths), batch_size=size, rounds=options.rounds)
     result.update({f"{name}_vs_pillow": round(median[name] / pillow, 2) for name in sources})
+    result.update({f"{name}_vs_loader": round(median[name] / median["loader"], 2) for name in sources})
     print(json.dumps(result))
 
 
