@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import nn, ops
 
 import plain
-from localmim.models.layers import Mlp, is_slow_width
+from localmim.models.layers import Attention, Mlp, is_slow_width
 from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax
 
 RNG = np.random.default_rng(0)
@@ -69,6 +70,31 @@ def test_mlp_of_a_slow_width(scaled):
 def test_slow_widths():
     """Multiples of 4096 bytes, but powers of two, which oneDNN copies."""
     assert [w for w in (768, 1024, 1536, 2048, 2304, 3072, 4096, 5120) if is_slow_width(w)] == [3072, 5120]
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_flash_attention_is_called_as_documented(monkeypatch, skip):
+    """No CPU has it: a stand-in written from MindSpore's documentation shows that layout, scale and heads are right."""
+
+    def stand_in(query, key, value, head_num, scalar_value=1.0):
+        heads = [x.reshape(*x.shape[:2], head_num, -1).transpose(0, 2, 1, 3) for x in (query, key, value)]
+        q, k, v = (x.asnumpy().astype(np.float32) for x in heads)
+        scores = np.exp(scalar_value * q @ k.transpose(0, 1, 3, 2))
+        mixed = (scores / scores.sum(-1, keepdims=True)) @ v
+        return ms.Tensor(mixed.transpose(0, 2, 1, 3).reshape(query.shape).astype(np.float16))
+
+    monkeypatch.setattr(ops, "flash_attention_score", stand_in)
+    attention = Attention(32, 2)
+    assert not attention.flash
+    qkv = ms.Tensor(RNG.standard_normal((2, 5, 96)).astype(np.float16))
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        plainly = attention.attend(qkv, skip).asnumpy()
+        attention.flash = True
+        np.testing.assert_allclose(attention.attend(qkv, skip).asnumpy(), plainly, rtol=0, atol=4e-3)
+    finally:
+        ms.set_context(mode=mode)
 
 
 def test_a_cpu_takes_its_own_form():

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, Normal, Uniform, XavierUniform, initializer
 
-from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax
+from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax, has_flash_attention
 
 
 def to_pair(value) -> tuple[int, int]:
@@ -185,6 +185,7 @@ class Attention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = Softmax()
+        self.flash = has_flash_attention() and relative is None and (dim // num_heads) % 16 == 0
 
     def attend(self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None) -> Tensor:
         """Projected rows qkv [B, N, 3D] attend to one another -> [B, N - skip, D], heads side by side.
@@ -195,6 +196,9 @@ class Attention(nn.Cell):
                 With `relative` it is what that takes: the class of each pair of rows, int32 [N, N].
         """
         B, Q, D = qkv.shape[0], qkv.shape[1] - skip, qkv.shape[2] // 3
+        if self.flash and relation is None and qkv.dtype != ms.float32:  # it takes 16 bits alone
+            q, k, v = ops.split(qkv, D, 2)
+            return ops.flash_attention_score(without_first(q, skip), k, v, self.num_heads, scalar_value=self.scale)
         q, k, v = self.heads(qkv, skip)
         weights = self.weigh(q, k, skip, relation).astype(v.dtype)
         return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)

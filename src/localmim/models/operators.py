@@ -15,6 +15,8 @@ import math
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+FLASH_CHIPS = ("ascend910b", "ascend910_93")  # Atlas A2 and A3
+
 
 class Operator(nn.Cell):
     """An operator with a form for CPUs and one that MindSpore has fused kernels for.
@@ -26,6 +28,15 @@ class Operator(nn.Cell):
     def __init__(self):
         super().__init__()
         self.fused = ms.get_context("device_target") != "CPU"
+
+
+def has_flash_attention() -> bool:
+    """Whether MindSpore has flash attention on this device: on Ascend, from Atlas A2 on."""
+    if ms.get_context("device_target") != "Ascend":
+        return False
+    from mindspore._c_expression import MSContext  # has no public name
+
+    return MSContext.get_instance().get_ascend_soc_version() in FLASH_CHIPS
 
 
 class AddBias(Operator):
