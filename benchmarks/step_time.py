@@ -6,7 +6,8 @@ that both meet the same noise. MindSpore's sides use this project's optimizer an
 before the clock starts. Each side is built and compiled in a process of its own, so that compile_s (the first step) and
 peak_rss_mb are its own; the processes take turns.
 
-Peers: `torch`, the recipe in plain, eager PyTorch (benchmarks/peers/torch_localmim.py). `mindcv-mae`, mindcv's MAE
+Peers: `torch`, the recipe in plain, eager PyTorch (benchmarks/peers/torch_localmim.py), and `torch-tuned`, the same
+with fused AdamW. `mindcv-mae`, mindcv's MAE
 ViT-B/16. For a Swin recipe `dense`, the same model with all visible tokens of the first stage in one masked attention
 instead of packed windows, and `plain-swin`, the recipe in MindSpore's stock layers with dense masked attention in every
 stage (benchmarks/peers/plain_swin.py).
@@ -28,7 +29,7 @@ os.environ.setdefault("GLOG_v", "3")
 
 # Nothing that imports MindSpore stands here: a side's process imports this file, and PyTorch's is to hold no other.
 
-PEERS = ("torch", "mindcv-mae", "dense", "plain-swin")
+PEERS = ("torch", "torch-tuned", "mindcv-mae", "dense", "plain-swin")
 
 
 def ours(argv: list[str], batch_size: int):
@@ -155,11 +156,11 @@ def main(argv: list[str]) -> None:
 
     def job(name: str):
         """What a side's process runs, and its arguments after the pipe."""
-        if name == "torch":
+        if name.startswith("torch"):
             from peers import torch_localmim
 
             case = torch_localmim.build(argv, arguments.batch_size)
-            return torch_localmim.serve, (case, arguments.device_target)
+            return torch_localmim.serve, (case, arguments.device_target, name == "torch-tuned")
         return serve, (builders[name], argv, arguments.batch_size, arguments.device_target)
 
     sides = {"ours": job("ours")}

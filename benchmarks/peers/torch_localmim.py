@@ -8,7 +8,8 @@ groups in the step. PyTorch is an optional extra: `pip install -r requirements-t
 
     python benchmarks/step_time.py --config FILE --batch-size N --steps K --peer torch
 
-times both sides, each in a process of its own, the PyTorch one without MindSpore. That both compute the same is told by
+times both sides, each in a process of its own, the PyTorch one without MindSpore. `--peer torch-tuned` differs in one
+word: AdamW is asked for with `fused=True`, which few recipes do. That both sides compute the same is told by
 
     python benchmarks/peers/torch_localmim.py --config FILE [--batch-size N] [--key value]
 
@@ -208,8 +209,12 @@ def torch_side(case: Case, device: str):
     return model.to(device), tensors((case.images, *arrays))
 
 
-def serve(pipe, case: Case, device: str) -> None:
-    """The PyTorch side's process: builds, makes a first step, then a step for every message (see step_time.serve)."""
+def serve(pipe, case: Case, device: str, fused: bool) -> None:
+    """The PyTorch side's process: builds, makes a first step, then a step for every message (see step_time.serve).
+
+    Args:
+        fused: Ask for PyTorch's fused AdamW.
+    """
     import torch
 
     from peers.torch_model import Trainer
@@ -218,7 +223,7 @@ def serve(pipe, case: Case, device: str) -> None:
         raise RuntimeError("MindSpore is in the PyTorch side's process, so that its peak memory is not PyTorch's own")
     device = {"CPU": "cpu", "GPU": "cuda"}[device]
     model, inputs = torch_side(case, device)
-    step = Trainer(model)
+    step = Trainer(model, fused=fused)
 
     def timed() -> tuple[float, float]:
         begin = time.perf_counter()

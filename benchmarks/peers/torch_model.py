@@ -370,9 +370,19 @@ def initialise(model: nn.Module) -> None:
 
 
 class Trainer:
-    """A training step: forward, a finite loss, backward, AdamW (the fused one), as the authors' loop has them."""
+    """A training step: forward, a finite loss, backward, AdamW, as the authors' loop has them.
 
-    def __init__(self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05):
+    Args:
+        fused: PyTorch's one kernel for AdamW; else what it chooses by itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.05,
+        fused: bool = False,
+    ):
         self.model = model.train()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         decays = {n for n, p in trained.items() if p.ndim > 1 and not n.endswith(".bias")}
@@ -380,7 +390,7 @@ class Trainer:
             {"params": [p for n, p in trained.items() if n in decays], "weight_decay": weight_decay},
             {"params": [p for n, p in trained.items() if n not in decays], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=betas, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=betas, fused=fused or None)
 
     def __call__(self, inputs: tuple[Tensor, ...], lr: float) -> float:
         """The loss of the weights before the update.
