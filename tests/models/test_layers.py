@@ -23,7 +23,7 @@ from localmim.models.layers import (
     to_pair,
     torch_default_init,
 )
-from localmim.models.operators import AddBias, Gelu
+from localmim.models.operators import AddBias, Gelu, Transpose
 
 
 def test_gelu_is_exact():
@@ -175,7 +175,7 @@ def test_patchify_order():
     """Row-major patches on a rectangle, and inside one channel, row, column: what a convolution kernel holds."""
     B, C, H, W, ph, pw = 2, 3, 4, 6, 2, 3
     x = np.arange(B * C * H * W, dtype=np.float32).reshape(B, C, H, W)
-    got = patchify(Tensor(x), (ph, pw)).asnumpy()
+    got = patchify(Tensor(x), (ph, pw), Transpose()).asnumpy()
     assert got.shape == (B, 4, C * ph * pw)
     for n, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         patch = x[:, :, i * ph : (i + 1) * ph, j * pw : (j + 1) * pw]

@@ -50,6 +50,9 @@ class Hog(nn.Cell):
         self.window = gaussian(window) if window else None
         self.sizes, self.pooling = pooling_plan(cells)
         self.pad = nn.ReflectionPad2d(1)
+        # On a CPU x / y keeps 16 bytes for each value as long as the graph lives, and so does x + y of integers;
+        # RealDiv and addn do not.
+        self.divide = ops.RealDiv()
         self.bias = None
         if bias is not None:
             bias = np.asarray(bias, np.float32)
@@ -97,11 +100,11 @@ class Hog(nn.Cell):
             gradients.append(self.gradients(part))
         outputs = []
         for k in range(len(sizes)):
-            parts = []
+            parts, first = [], self.first_bins(gradients[0][0].shape, sizes[k])
             for gx, gy in gradients:
                 if self.bias is not None:
                     gx, gy = gx + self.bias[k, 0], gy + self.bias[k, 1]
-                parts.append(self.histogram(gx, gy, sizes[k]))
+                parts.append(self.histogram(gx, gy, first, sizes[k]))
             outputs.append(ops.concat(parts, 0))
         return outputs
 
@@ -118,28 +121,34 @@ class Hog(nn.Cell):
         In these very steps, as the authors do it: where a pixel lies on a bin's edge, float32 rounding decides, and a
         cheaper form such as atan(gx / gy) decides otherwise.
         """
-        b = ops.floor(ops.atan2(gx, gy) / math.pi * self.nbins)  # -nbins .. nbins
-        return (b - ops.floor(b / self.nbins) * self.nbins).astype(ms.int32)
+        b = ops.floor(self.divide(ops.atan2(gx, gy), math.pi) * self.nbins)  # -nbins .. nbins
+        return (b - ops.floor(self.divide(b, self.nbins)) * self.nbins).astype(ms.int32)
 
-    def histogram(self, gx: Tensor, gy: Tensor, cell: int) -> Tensor:
+    def first_bins(self, shape, cell: int) -> Tensor:
+        """Where the bins of each pixel's cell begin among those of all images: int32 [B, C, H, W]."""
+        B, C, H, W = shape
+        first = Tensor(first_bin(C, H, W, cell, self.nbins))  # [C, H, W], in the bins of one image
+        image = np.arange(B, dtype=np.int32) * (H // cell * (W // cell) * C * self.nbins)
+        return first.broadcast_to(shape) + Tensor(image.reshape(B, 1, 1, 1)).broadcast_to(shape)
+
+    def histogram(self, gx: Tensor, gy: Tensor, first: Tensor, cell: int) -> Tensor:
         """Mean magnitude a bin in each cell: two [B, C, H, W] -> [B, H/cell, W/cell, C, nbins]."""
         B, C, H, W = gx.shape
         h, w, n = H // cell, W // cell, self.nbins
-        first = Tensor(first_bin(C, H, W, cell, n))  # [C, H, W], in the bins of one image
-        image = Tensor((np.arange(B, dtype=np.int32) * (h * w * C * n)).reshape(B, 1, 1, 1))
         magnitude = ops.sqrt(gx * gx + gy * gy)
         if self.window is not None:
             side = len(self.window)
             magnitude = magnitude * Tensor(np.tile(self.window, (H // side, W // side)))
-        ids = (self.bins(gx, gy) + first + image).reshape(-1)
+        ids = ops.addn((self.bins(gx, gy), first)).reshape(-1)
         sums = ops.unsorted_segment_sum(magnitude.reshape(-1), ids, B * h * w * C * n)
         return sums.reshape(B, h, w, C, n) * (1.0 / cell**2)
 
     def normalise(self, x: Tensor) -> Tensor:
         """L2 norm 1 over the bins of each cell, dividing by at least 1e-12."""
         ones = ops.ones((self.nbins, 1), ms.float32)
-        norm = ops.sqrt(ops.matmul((x * x).reshape(-1, self.nbins), ones))  # sums of the bins, as a product
-        return x / ops.maximum(norm, 1e-12).reshape(x.shape[:-1] + (1,))
+        rows = x.reshape(-1, self.nbins)
+        norm = ops.maximum(ops.sqrt(ops.matmul(rows * rows, ones)), 1e-12)  # sums of the bins, as a product
+        return self.divide(rows, ops.matmul(norm, ones.reshape(1, -1))).reshape(x.shape)
 
 
 def gaussian(side: int) -> np.ndarray:

@@ -17,7 +17,17 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, Normal, Uniform, XavierUniform, initializer
 
-from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax, has_flash_attention
+from localmim.models.operators import (
+    AddBias,
+    AddToRows,
+    Gelu,
+    Normalise,
+    Operator,
+    Softmax,
+    SplitHeads,
+    Transpose,
+    has_flash_attention,
+)
 
 
 def to_pair(value) -> tuple[int, int]:
@@ -185,6 +195,7 @@ class Attention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = Softmax()
+        self.heads, self.transpose = SplitHeads(num_heads), Transpose()
         self.flash = has_flash_attention() and relative is None and (dim // num_heads) % 16 == 0
 
     def attend(self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None) -> Tensor:
@@ -201,7 +212,7 @@ class Attention(nn.Cell):
             return ops.flash_attention_score(without_first(q, skip), k, v, self.num_heads, scalar_value=self.scale)
         q, k, v = self.heads(qkv, skip)
         weights = self.weigh(q, k, skip, relation).astype(v.dtype)
-        return self.mix(weights, v).transpose(0, 2, 1, 3).reshape(B, Q, D)
+        return self.transpose(self.mix(weights, v), (0, 2, 1, 3)).reshape(B, Q, D)
 
     def weights(self, qkv: Tensor, relation: Tensor | None = None) -> Tensor:
         """What `attend` mixes values by: the weight of each key for each query, float32 [B, nh, N, N], rows sum to 1.
@@ -211,16 +222,6 @@ class Attention(nn.Cell):
         """
         q, k, _ = self.heads(qkv, 0)
         return self.weigh(q, k, 0, relation)
-
-    def heads(self, qkv: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, 3D] -> queries [B, nh, N - skip, hd], keys and values [B, nh, N, hd]."""
-        B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        Q, nh = N - skip, self.num_heads
-        q, k, v = ops.split(qkv, D, 2)
-        q = without_first(q, skip).reshape(B, Q, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, Q, hd]
-        k = k.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
-        v = v.reshape(B, N, nh, D // nh).transpose(0, 2, 1, 3)  # [B, nh, N, hd]
-        return q, k, v
 
     def weigh(self, q: Tensor, k: Tensor, skip: int, relation: Tensor | None) -> Tensor:
         """Queries [B, nh, Q, hd] and keys [B, nh, N, hd] -> softmax of their scores, float32 [B, nh, Q, N]."""
@@ -306,11 +307,11 @@ def without_first(x: Tensor, skip: int) -> Tensor:
     return x[:, skip:] if skip else x
 
 
-def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+def patchify(images: Tensor, patch: tuple[int, int], transpose: Transpose) -> Tensor:
     """[B, C, H, W] -> [B, h*w, C*ph*pw]: row-major patches, values in a convolution kernel's order."""
     B, C, H, W = images.shape
     ph, pw = patch
-    x = images.reshape(B, C, H // ph, ph, W // pw, pw).transpose(0, 2, 4, 1, 3, 5)  # [B, h, w, C, ph, pw]
+    x = transpose(images.reshape(B, C, H // ph, ph, W // pw, pw), (0, 2, 4, 1, 3, 5))  # [B, h, w, C, ph, pw]
     return x.reshape(B, (H // ph) * (W // pw), C * ph * pw)
 
 
@@ -340,7 +341,7 @@ class PatchEmbed(nn.Cell):
         self.weight = parameter(Uniform(xavier), (dim, in_chans, patch_size, patch_size))
         self.bias = parameter(torch_default_init(fan_in), (dim,))
         self.compute_dtype = ms.float32
-        self.project = Project()
+        self.transpose, self.project = Transpose(), Project()
 
     def construct(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """images [B, C, H, W] -> [B, K, D]; all patches in row-major order without ids_keep.
@@ -348,7 +349,7 @@ class PatchEmbed(nn.Cell):
         Args:
             ids_keep: [B, K], or [K] for all images alike.
         """
-        x = patchify(images, self.patch)
+        x = patchify(images, self.patch, self.transpose)
         if ids_keep is not None:
             x = take_rows(x, ids_keep) if ids_keep.ndim == 2 else ops.gather(x, ids_keep, 1)
         return self.project(x, self.weight.reshape(self.weight.shape[0], -1), self.bias, self.compute_dtype)

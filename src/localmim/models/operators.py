@@ -4,6 +4,7 @@ On a CPU, MindSpore's LayerNorm, the gradients of it and of softmax, and every r
 that broadcast by themselves are slow and keep 16 bytes for each element of their output as long as the graph lives.
 There these operators are made of what is fast: products, with a vector of ones for a sum and with one column and one
 row for values that are constant along the other side, and `BiasAdd`, which adds one number to each row as well.
+Transposing is three times as slow there as gathering whole rows, and keeps 8 bytes for each element, or up to 16.
 
 docs/performance.md lists the forms by device.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 FLASH_CHIPS = ("ascend910b", "ascend910_93")  # Atlas A2 and A3
@@ -204,3 +206,102 @@ class _GeluAndPhi(nn.Cell):
     def bprop(self, x, out, dout):
         density = ops.exp(x * x * -0.5) * _INV_SQRT_2PI
         return (dout[0] * (out[1] + x * density),)
+
+
+class SplitHeads(Operator):
+    """Rows of queries, keys and values side by side become those of each head."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.gather = _GatherHeads()
+
+    def construct(self, qkv: Tensor, skip: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3D] -> queries [B, nh, N - skip, hd], without the first `skip`; keys and values [B, nh, N, hd]."""
+        nh, hd = self.num_heads, qkv.shape[2] // (3 * self.num_heads)
+        B, N = qkv.shape[0], qkv.shape[1]
+        if self.fused:
+            q, k, v = ops.split(qkv, nh * hd, 2)
+            q = q[:, skip:] if skip else q
+            q, k, v = (x.reshape(B, -1, nh, hd).transpose(0, 2, 1, 3) for x in (q, k, v))
+            return q, k, v
+        q, k, v = self.gather(qkv.reshape(-1, hd), *_rows_of_heads(B, N, nh, skip))
+        return q.reshape(B, nh, N - skip, hd), k.reshape(B, nh, N, hd), v.reshape(B, nh, N, hd)
+
+
+@ops.constexpr
+def _rows_of_heads(B: int, N: int, nh: int, skip: int) -> tuple[Tensor, ...]:
+    """Of rows [B*N*3*nh, hd], those of q, k and v, head by head; and where in these each row is, or after the last."""
+    rows = np.arange(B * N * 3 * nh, dtype=np.int32).reshape(B, N, 3, nh).transpose(2, 0, 3, 1)  # [3, B, nh, N]
+    taken = [np.ascontiguousarray(x).reshape(-1) for x in (rows[0, :, :, skip:], rows[1], rows[2])]
+    order = np.concatenate(taken)
+    back = np.full(rows.size, len(order), np.int32)
+    back[order] = np.arange(len(order))
+    return tuple(Tensor(x) for x in (*taken, back))
+
+
+class _GatherHeads(nn.Cell):
+    """Rows of a matrix by three lists that share none; the gradient is gathered as well, by `back`."""
+
+    def __init__(self):
+        super().__init__()
+        self.gather = ops.Gather()
+
+    def construct(self, rows, q, k, v, back):
+        return self.gather(rows, q, 0), self.gather(rows, k, 0), self.gather(rows, v, 0)
+
+    def bprop(self, rows, q, k, v, back, out, dout):
+        parts = dout[0], dout[1], dout[2]
+        if q.shape[0] < k.shape[0]:  # rows that nobody took
+            parts += (ops.zeros((1, rows.shape[1]), dout[0].dtype),)
+        zeros = ops.zeros_like(q), ops.zeros_like(k), ops.zeros_like(v), ops.zeros_like(back)
+        return self.gather(ops.concat(parts, 0), back, 0), *zeros
+
+
+class Transpose(Operator):
+    """Axes in another order, the last one in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.gather = _GatherAll()
+
+    def construct(self, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        """x.transpose(order), where `order` ends with the last axis."""
+        if self.fused:
+            return x.transpose(order)
+        shape = x.shape
+        rows = self.gather(x.reshape(-1, shape[-1]), *_rows_in_order(shape[:-1], order[:-1]))
+        return rows.reshape([shape[axis] for axis in order])
+
+
+@ops.constexpr
+def _rows_in_order(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Which row comes to each place when axes change their order, and the place of each row."""
+    rows = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(order).reshape(-1)
+    return Tensor(rows), Tensor(np.argsort(rows).astype(np.int32))
+
+
+class _GatherAll(nn.Cell):
+    """All rows of a matrix in another order; the gradient is gathered as well, by `back`."""
+
+    def __init__(self):
+        super().__init__()
+        self.gather = ops.Gather()
+
+    def construct(self, rows, order, back):
+        return self.gather(rows, order, 0)
+
+    def bprop(self, rows, order, back, out, dout):
+        return self.gather(dout, back, 0), ops.zeros_like(order), ops.zeros_like(back)
+
+
+class TakeTokens(Operator):
+    """The same tokens of every sample, in the order that they are asked for, some more than once."""
+
+    def construct(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [B, N, D], ids [...] int32 -> [B, K, D] for K ids."""
+        if self.fused:
+            return ops.gather(x, ids.reshape(-1), 1)
+        B, N, D = x.shape  # along axis 0: the gradient along another is transposed twice
+        starts = Tensor(np.arange(B, dtype=np.int32).reshape(B, 1) * N)
+        return ops.gather(x.reshape(B * N, D), ids.reshape(1, -1) + starts, 0)

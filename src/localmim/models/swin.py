@@ -30,6 +30,7 @@ from localmim.models.layers import (
     to_pair,
     token_parameter,
 )
+from localmim.models.operators import TakeTokens
 from localmim.models.relative import window_bias
 from localmim.models.windows import whole_windows
 
@@ -71,6 +72,7 @@ class WindowAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, window: int):
         super().__init__(dim, num_heads)
+        self.take = TakeTokens()
         self.relative_position_bias_table = parameter(Normal(0.02), ((2 * window - 1) ** 2, num_heads))
 
     def bias(self, pairs: Tensor) -> Tensor:
@@ -83,14 +85,14 @@ class WindowAttention(Attention):
         G, S = pairs.shape[0], pairs.shape[1]
         if G == 1 and S == N:  # one group in token order
             return self.proj(self.attend(qkv, 0, self.bias(pairs)))
-        qkv = ops.gather(qkv, slots, 1).reshape(B * G, S, 3 * D)
+        qkv = self.take(qkv, slots).reshape(B * G, S, 3 * D)
         x = self.attend(qkv, 0, self.bias(pairs)).reshape(B, G * S, D)
-        return self.proj(ops.gather(x, place, 1))
+        return self.proj(self.take(x, place))
 
     def weights_in_windows(self, qkv: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
         """Projected rows qkv [B, N, 3D] -> weights of attention, float32 [B, G, nh, S, S]; arrays as in `construct`."""
         G, S = pairs.shape[0], pairs.shape[1]
-        weights = self.weights(ops.gather(qkv, slots, 1).reshape(-1, S, qkv.shape[2]), self.bias(pairs))
+        weights = self.weights(self.take(qkv, slots).reshape(-1, S, qkv.shape[2]), self.bias(pairs))
         return weights.reshape(-1, G, self.num_heads, S, S)
 
 
