@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from localmim.distributed import Ranks
+from localmim.machine import give_back_memory
 from localmim.training.optimizer import AdamW, Momentum, WeightAverage, zeros_like
 
 Optimizer = AdamW | Momentum
@@ -289,6 +290,7 @@ class TrainStep:
         else:
             buffers = zeros_like(optimizer.parameters, "accumulated")
             self.part, self.finish = _Accumulate(gradients, buffers), _UpdateFromBuffers(update, buffers)
+        self.compiled = False
         model.set_train()
 
     def factors(self, lr: float, update: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -300,6 +302,8 @@ class TrainStep:
     def compile(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int) -> None:
         """Compiles what a call with such arguments runs (where nothing is accumulated), and computes nothing."""
         self.whole.compile(Tensor([0.0], ms.float32), *self.factors(lr, update), *tensors(parts[0]))
+        self.compiled = True
+        give_back_memory()  # what the compiler left, before the step takes its own
 
     def __call__(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int, stop: bool = False) -> StepResult:
         """One step.
@@ -313,6 +317,8 @@ class TrainStep:
         scale, factor, scalars = self.factors(lr, update)
         with self.ranks.limit("in a training step"):
             if self.accumulate == 1:
+                if not self.compiled:
+                    self.compile(parts, lr, update)
                 told = Tensor([float(stop)], ms.float32)
                 report, finite, norm = self.whole(told, scale, factor, scalars, *tensors(parts[0]))
             else:
