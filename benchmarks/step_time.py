@@ -6,24 +6,33 @@ that both meet the same noise. MindSpore's sides use this project's optimizer an
 before the clock starts. Each side is built and compiled in a process of its own, so that compile_s (the first step) and
 peak_rss_mb are its own; the processes take turns.
 
+`floor` tells how far our step is from what this machine could do (benchmarks/floor.py): the operations of its matrix
+products (gflop) and the bytes it has to move (gbyte), counted in the graph that it compiled; the ceilings of products
+and memory, measured between the steps; floor_s, the time that the work needs at these ceilings; matmul_share, the part
+of the step that its products would take; distance, the step by the floor. `--no-floor` leaves it out.
+
 Peers: `torch`, the recipe in plain, eager PyTorch (benchmarks/peers/torch_localmim.py), and `torch-tuned`, the same
-with fused AdamW. `mindcv-mae`, mindcv's MAE
-ViT-B/16. For a Swin recipe `dense`, the same model with all visible tokens of the first stage in one masked attention
-instead of packed windows, and `plain-swin`, the recipe in MindSpore's stock layers with dense masked attention in every
-stage (benchmarks/peers/plain_swin.py).
+with fused AdamW. `mindcv-mae`, mindcv's MAE ViT-B/16. For a Swin recipe `dense`, the same model with all visible tokens
+of the first stage in one masked attention instead of packed windows, and `plain-swin`, the recipe in MindSpore's stock
+layers with dense masked attention in every stage (benchmarks/peers/plain_swin.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
+
+import floor
+import kernels
 
 os.environ.setdefault("GLOG_v", "3")
 
@@ -114,8 +123,8 @@ def plain_swin(argv: list[str], batch_size: int):
     return build(argv, batch_size)
 
 
-def serve(pipe, build, argv: list[str], batch_size: int, device: str) -> None:
-    """A side's process: builds, compiles with one step, then makes a step for every message."""
+def make_step(build, argv: list[str], batch_size: int, device: str):
+    """What makes a training step each time it is called, and gives its loss; the first call compiles."""
     import mindspore as ms
 
     from localmim.device import set_device
@@ -126,21 +135,83 @@ def serve(pipe, build, argv: list[str], batch_size: int, device: str) -> None:
     ms.set_seed(0)
     model, inputs = build(argv, batch_size)
     parameters = {n: p for n, p in model.parameters_and_names() if p.requires_grad}
-    step = TrainStep(model, AdamW(parameters))
-    begin = time.perf_counter()
-    step([inputs], 1e-4, 1)
-    pipe.send(time.perf_counter() - begin)
-    update = 1
-    while pipe.recv():
-        update += 1
+    step, updates = TrainStep(model, AdamW(parameters)), itertools.count(1)
+    return lambda: step([inputs], 1e-4, next(updates)).loss
+
+
+def serve(pipe, build, argv: list[str], batch_size: int, device: str, graphs: str = "") -> None:
+    """A side's process: builds, compiles with one step, then makes a step for every message.
+
+    Args:
+        graphs: A folder for the graphs that are compiled; "": they are not written.
+    """
+    if graphs:
+        os.environ.update(kernels.WRITES_GRAPHS, MS_DEV_SAVE_GRAPHS_PATH=graphs)
+    step = make_step(build, argv, batch_size, device)
+
+    def timed() -> tuple[float, float]:
         begin = time.perf_counter()
-        result = step([inputs], 1e-4, update)
-        pipe.send((time.perf_counter() - begin, result.loss))
+        loss = step()
+        return time.perf_counter() - begin, loss
+
+    pipe.send(timed()[0])
+    while pipe.recv():
+        pipe.send(timed())
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def serve_ceilings(pipe, products, device: str) -> None:
+    """The process of the ceilings."""
+    from ceilings import serve
+
+    serve(pipe, products, device)
+
+
+class Side:
+    """A process that works on demand: it says when it is ready, then answers each message.
+
+    Args:
+        serve, given: What it runs: `serve(pipe, *given)`.
+    """
+
+    def __init__(self, serve, *given):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *given), daemon=True)  # ends with this one
+        self.process.start()
+        theirs.close()
+        self.first = self.pipe.recv()  # what it says when it is ready
+        self.answers = []
+
+    def turn(self, keep: bool = True) -> None:
+        """One round of its work."""
+        self.pipe.send(True)
+        answer = self.pipe.recv()
+        if keep:
+            self.answers.append(answer)
+
+    def end(self) -> None:
+        """No more work."""
+        self.pipe.send(False)
+
+    @property
+    def step_s(self) -> float:
+        """Median of the steps that were kept; of a side that trains."""
+        return statistics.median(seconds for seconds, _ in self.answers)
+
+    def summary(self, batch_size: int) -> dict[str, float]:
+        """What is printed of a side that trains; ends it."""
+        self.end()
+        return {
+            "step_s": round(self.step_s, 4),
+            "images_per_s": round(batch_size / self.step_s, 2),
+            "compile_s": round(self.first, 1),
+            "peak_rss_mb": round(self.pipe.recv()),
+        }
+
+
 def main(argv: list[str]) -> None:
-    """Runs both sides and prints the result."""
+    """Runs all sides and prints the result."""
     from localmim.config import load_config
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -148,57 +219,44 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--peer", choices=PEERS)
+    parser.add_argument("--no-floor", action="store_true")
     parser.add_argument("--device-target", default="CPU")
     arguments, rest = parser.parse_known_args(argv)
     argv = ["--config", arguments.config, *rest]
     load_config(argv)  # a mistake in it is one line here, not a traceback of a side
-    builders = {"ours": ours, "mindcv-mae": mindcv_mae, "dense": dense_swin, "plain-swin": plain_swin}
+    builders = {"mindcv-mae": mindcv_mae, "dense": dense_swin, "plain-swin": plain_swin}
+    batch_size, device = arguments.batch_size, arguments.device_target
 
-    def job(name: str):
-        """What a side's process runs, and its arguments after the pipe."""
-        if name.startswith("torch"):
-            from peers import torch_localmim
+    case = None
+    if (arguments.peer or "").startswith("torch"):
+        from peers import torch_localmim
 
-            case = torch_localmim.build(argv, arguments.batch_size)
-            return torch_localmim.serve, (case, arguments.device_target, name == "torch-tuned")
-        return serve, (builders[name], argv, arguments.batch_size, arguments.device_target)
+        case = torch_localmim.build(argv, batch_size)  # a mistake in it, too
 
-    sides = {"ours": job("ours")}
-    if arguments.peer:
-        sides["peer"] = job(arguments.peer)
-
-    context = multiprocessing.get_context("spawn")
-    pipes, processes, results = {}, [], {}
-    for name, (target, given) in sides.items():
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, *given), daemon=True)  # ends with this one in any case
-        process.start()
-        theirs.close()
-        processes.append(process)
-        results[name] = {"compile_s": pipes[name].recv(), "times": []}
+    with tempfile.TemporaryDirectory() as graphs:
+        sides = {"ours": Side(serve, ours, argv, batch_size, device, "" if arguments.no_floor else graphs)}
+        work = None if arguments.no_floor else floor.work(kernels.read(graphs))
+    if case is not None:
+        sides["peer"] = Side(torch_localmim.serve, case, device, arguments.peer == "torch-tuned")
+    elif arguments.peer:
+        sides["peer"] = Side(serve, builders[arguments.peer], argv, batch_size, device)
+    if work:
+        sides["ceilings"] = Side(serve_ceilings, work.products, device)
     for i in range(arguments.steps + 2):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            seconds, _ = pipe.recv()
-            if i >= 2:  # the first ones still warm up
-                results[name]["times"].append(seconds)
-    summary = {}
-    for name, pipe in pipes.items():
-        pipe.send(False)
-        median = statistics.median(results[name]["times"])
-        summary[name] = {
-            "step_s": round(median, 4),
-            "images_per_s": round(arguments.batch_size / median, 2),
-            "compile_s": round(results[name]["compile_s"], 1),
-            "peak_rss_mb": round(pipe.recv()),
-        }
-    for process in processes:
-        process.join()
-    line = summary.pop("ours")
+        for side in sides.values():
+            side.turn(keep=i >= 2)  # the first ones still warm up
+
+    line = sides["ours"].summary(batch_size)
     if arguments.peer:
-        line.update(peer={"name": arguments.peer, **summary["peer"]})
-        line["ratio"] = round(line["step_s"] / summary["peer"]["step_s"], 4)
-        line["memory_ratio"] = round(line["peak_rss_mb"] / summary["peer"]["peak_rss_mb"], 4)
+        peer = sides["peer"].summary(batch_size)
+        line["peer"] = {"name": arguments.peer, **peer}
+        line["ratio"] = round(line["step_s"] / peer["step_s"], 4)
+        line["memory_ratio"] = round(line["peak_rss_mb"] / peer["peak_rss_mb"], 4)
+    if work:
+        sides["ceilings"].end()
+        line["floor"] = floor.report(work, floor.best(sides["ceilings"].answers), sides["ours"].step_s)
+    for side in sides.values():
+        side.process.join()
     print(json.dumps(line))
 
 

@@ -95,7 +95,7 @@ def hidden(total: int, variable: str, device: str) -> str:
 
 
 def give_back_memory() -> None:
-    """Returns to the system what this process has freed and the C library keeps; does nothing where that is not glibc."""
+    """Returns to the system what this process has freed and the C library keeps; nothing where that is not glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
