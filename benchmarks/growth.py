@@ -68,7 +68,7 @@ AXES = {
         _by("value", "a + b x blocks"),
     ),
 }
-MEASURES = {"step_s": "s a step", "peak_rss_mb": "MB at most"}
+MEASURES = {"step_s": "s a step", "peak_rss_mb": "peak MB"}
 
 
 class Law(NamedTuple):
@@ -166,7 +166,7 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     """Time above, memory below, an axis a column; full dots are what the laws are fitted to."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
     from localmim.analysis.canvas import COLOURS, DPI, FAINT, style
     from localmim.files import replaced
@@ -186,12 +186,14 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
             axes.plot(values, law, color=FAINT, lw=1.2, zorder=1, label=axis.laws[m][1])
             axes.plot(values[:few], [p[m] for p in points[:few]], "o", color=colour, ms=5.5)
             axes.plot(values[few:], [p[m] for p in points[few:]], "o", color=colour, ms=5.5, mfc="white", mew=1.4)
+            axes.margins(x=0.06, y=0.08)
             axes.xaxis.set(major_locator=FixedLocator(values), minor_locator=NullLocator())
             axes.xaxis.set_major_formatter(ScalarFormatter())
+            low, high = axes.get_ylim()
+            ticks = [n * 10.0**k for k in range(-3, 7) for n in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)]
+            axes.yaxis.set(major_locator=FixedLocator([tick for tick in ticks if low <= tick <= high]))
+            axes.yaxis.set(minor_locator=NullLocator(), minor_formatter=NullFormatter())
             axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(ScalarFormatter())
-            axes.tick_params(axis="y", which="minor", labelsize=7)
-            axes.margins(x=0.06, y=0.08)
             axes.legend(frameon=False, fontsize=8, loc="upper left")
         panels[1, column].set_xlabel(axis.name, fontsize=9)
     with replaced(path) as aside:
