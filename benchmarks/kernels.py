@@ -44,7 +44,7 @@ KINDS = (
 # By the first that fits one of the functions a kernel comes from, "file:Class.function" under src/localmim.
 _BY_SOURCE = (
     ("optimizer", r"training/optimizer\.py:"),
-    ("checks", r"training/step\.py:_(Update\.|(sum|square|times)_one)"),
+    ("checks", r"training/step\.py:_(Update\.|sums_of_columns|square_one|times_one)"),
     ("target", r"mim/(hog|targets)\.py:"),
     ("loss", r"mim/losses\.py:"),
     ("norm", r"models/(layers\.py:LayerNorm|operators\.py:_?Normalise)\."),

@@ -28,10 +28,10 @@ os.environ.setdefault("GLOG_v", "3")
 WARM = 3
 TELLS = {
     "matmul": "products of activations and weights, and their gradients",
-    "attention": "scores, softmax, mixing",
+    "attention": "scores, softmax, mixing, heads split",
     "norm": "LayerNorm",
     "activation": "GELU",
-    "gather": "rows picked by index (patches, heads, windows), and the gradients",
+    "gather": "rows picked by index (heads joined, patches, windows), and the gradients",
     "bias": "biases, and their gradients",
     "target": "HOG or pixels",
     "loss": "errors and their means",

@@ -71,6 +71,8 @@ def check_recipe(config) -> None:
             f"the peer torch is for pre-training of a LocalMIM ViT or Swin with target.kind hog, "
             f"this is task {config.task}, model.name {name}, target.kind {kind}"
         )
+    if config.precision != "fp32":
+        raise UserError(f"the peer torch computes in float32: precision is {config.precision}, must be fp32")
     if config.model.isolated_gradients:
         raise UserError("the peer torch has no isolated gradients: model.isolated_gradients must be false")
     if "_swin_" not in name:

@@ -107,7 +107,7 @@ class DataConfig:
     dir: str = ""  # a folder of images or of class folders, a list file, CIFAR binaries, or MindRecord files
     val_dir: str = ""  # labelled images to evaluate on, in the same forms; pretrain: by k-NN, at each report
     format: Literal["auto", "folder", "list", "cifar10", "cifar100", "mindrecord"] = "auto"
-    workers: int = 0  # threads that decode and crop, on each device; 0: its share of the cores, at most 8
+    workers: int = 0  # threads that make images, on each device; 0: its share of the cores, at most 8
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, share of the image
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width by height of the random crop
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops; bilinear shrinks without antialiasing

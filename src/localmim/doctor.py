@@ -58,6 +58,7 @@ PACKAGES = (
     Package("MindSpore", ("mindspore",), lambda v: v[:2] == (2, 10), "2.10"),
     Package("numpy", ("numpy",), lambda v: v < (2,), "below 2, with which MindSpore was built"),
     Package("OpenCV", _OPENCV, lambda v: v < (4, 12), "below 4.12, which needs numpy 2"),
+    Package("Numba", ("numba",), lambda v: True, "any"),
     Package("mindcv", ("mindcv",), lambda v: True, "any"),
 )
 

@@ -9,7 +9,17 @@ from mindspore import nn, ops
 
 import plain
 from localmim.models.layers import Attention, Mlp, is_slow_width
-from localmim.models.operators import AddBias, AddToRows, Gelu, Normalise, Operator, Softmax
+from localmim.models.operators import (
+    AddBias,
+    AddToRows,
+    Gelu,
+    Normalise,
+    Operator,
+    Softmax,
+    SplitHeads,
+    TakeTokens,
+    Transpose,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -42,6 +52,73 @@ def test_forms_are_equal(name):
     for ours, theirs in zip(*results):
         assert np.isfinite(ours).all()
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_heads_by_gathering(skip):
+    """Queries without the first rows, keys and values of each head, and the gradient of all three."""
+    qkv = values(2, 5, 24)
+
+    class All(nn.Cell):
+        def __init__(self, fused):
+            super().__init__()
+            self.split = SplitHeads(2)
+            self.split.fused = fused
+
+        def construct(self, x):
+            q, k, v = self.split(x, skip)
+            return ops.concat((q.reshape(-1), (2 * k * k).reshape(-1), v.reshape(-1)))
+
+    size = 2 * 2 * 4 * (3 * 5 - skip)
+    weight = np.arange(size, dtype=np.float32)
+    (ours, (mine,), _), (theirs, (plainly,), _) = (plain.backward(All(fused), weight, qkv) for fused in (False, True))
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(mine, plainly)
+
+
+def test_transpose_by_gathering():
+    """Axes before the last one in another order."""
+    x = values(2, 3, 4, 5)
+    weight = values(3, 4, 2, 5)
+    results = []
+    for fused in (False, True):
+        cell = Transpose()
+        cell.fused = fused
+
+        class Moved(nn.Cell):
+            def __init__(self, cell):
+                super().__init__()
+                self.move = cell
+
+            def construct(self, x):
+                return self.move(x, (1, 2, 0, 3))
+
+        out, (dx,), _ = plain.backward(Moved(cell), weight, x)
+        results.append((out, dx))
+    np.testing.assert_array_equal(results[0][0], x.transpose(1, 2, 0, 3))
+    for ours, theirs in zip(*results):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_tokens_taken_more_than_once():
+    """Gradients of a token that is taken twice add up, in both forms."""
+    ids = np.array([2, 0, 2], np.int32)
+    for fused in (False, True):
+        cell = TakeTokens()
+        cell.fused = fused
+        x, weight = values(2, 3, 4), np.ones((2, 3, 4), np.float32)
+
+        class Taken(nn.Cell):
+            def __init__(self, cell):
+                super().__init__()
+                self.take, self.ids = cell, ms.Tensor(ids)
+
+            def construct(self, x):
+                return self.take(x, self.ids)
+
+        out, (dx,), _ = plain.backward(Taken(cell), weight, x)
+        np.testing.assert_array_equal(out, x[:, ids])
+        np.testing.assert_array_equal(dx[:, :, 0], [[1, 0, 2]] * 2)
 
 
 def test_add_to_rows():

@@ -230,8 +230,8 @@ class TrainPipeline:
         Raises:
             UserError: more unreadable images than `data.max_bad_share`.
         """
-        with closing(self._batches(epoch, start_step)) as batches:
-            for batch, unreadable in one_ahead(batches):
+        with closing(self._batches(epoch, start_step)) as batches, closing(one_ahead(batches)) as ahead:
+            for batch, unreadable in ahead:
                 for sample, reason in unreadable:  # now, not when it is found: that is one batch ahead, more or less
                     self.bad.add(sample, reason, "another image takes its place")
                 yield batch

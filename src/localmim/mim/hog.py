@@ -148,7 +148,7 @@ class Hog(nn.Cell):
         ones = ops.ones((self.nbins, 1), ms.float32)
         rows = x.reshape(-1, self.nbins)
         norm = ops.maximum(ops.sqrt(ops.matmul(rows * rows, ones)), 1e-12)  # sums of the bins, as a product
-        return self.divide(rows, ops.matmul(norm, ones.reshape(1, -1))).reshape(x.shape)
+        return self.divide(rows, norm.broadcast_to(rows.shape)).reshape(x.shape)
 
 
 def gaussian(side: int) -> np.ndarray:

@@ -195,7 +195,7 @@ class Attention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = Softmax()
-        self.heads, self.transpose = SplitHeads(num_heads), Transpose()
+        self.split_heads, self.transpose = SplitHeads(num_heads), Transpose()
         self.flash = has_flash_attention() and relative is None and (dim // num_heads) % 16 == 0
 
     def attend(self, qkv: Tensor, skip: int = 0, relation: Tensor | None = None) -> Tensor:
@@ -210,7 +210,7 @@ class Attention(nn.Cell):
         if self.flash and relation is None and qkv.dtype != ms.float32:  # it takes 16 bits alone
             q, k, v = ops.split(qkv, D, 2)
             return ops.flash_attention_score(without_first(q, skip), k, v, self.num_heads, scalar_value=self.scale)
-        q, k, v = self.heads(qkv, skip)
+        q, k, v = self.split_heads(qkv, skip)
         weights = self.weigh(q, k, skip, relation).astype(v.dtype)
         return self.transpose(self.mix(weights, v), (0, 2, 1, 3)).reshape(B, Q, D)
 
@@ -220,7 +220,7 @@ class Attention(nn.Cell):
         Args:
             qkv, relation: As in `attend`.
         """
-        q, k, _ = self.heads(qkv, 0)
+        q, k, _ = self.split_heads(qkv, 0)
         return self.weigh(q, k, 0, relation)
 
     def weigh(self, q: Tensor, k: Tensor, skip: int, relation: Tensor | None) -> Tensor:

@@ -66,17 +66,16 @@ def kept_step(output: Path, config: Config, step: TrainStep, parts: list[tuple],
         yield
         return
     _used = True
-    folder = output / FOLDER
-    key = graph_key(step, parts[0], config)
-    aside = folder / f".{key}.{os.getpid()}"
+    folder, key, keep = output / FOLDER, "", False
     try:
+        key = graph_key(step, parts[0], config)
+        aside = folder / f".{key}.{os.getpid()}"
         take(folder / key, aside)
         with environment(MS_COMPILER_CACHE_ENABLE="1", MS_COMPILER_CACHE_PATH=str(aside)):
             step.compile(parts, *scalars)
         keep = sealed(aside, step)  # read or new: MindSpore compiles where it cannot read
     except Exception as error:  # of a cache that cannot be used, or the step's own, which comes again without it
         log.warning("the step is compiled without a cache: %s", " ".join(str(error).split())[:200])
-        keep = False
     yield
     with contextlib.suppress(OSError):  # nothing is lost but time
         if keep:

@@ -300,8 +300,12 @@ class TrainStep:
         return scale, factor, ms.mutable(self.optimizer.scalars(lr, update))
 
     def compile(self, parts: list[tuple[np.ndarray, ...]], lr: float, update: int) -> None:
-        """Compiles what a call with such arguments runs (where nothing is accumulated), and computes nothing."""
-        self.whole.compile(Tensor([0.0], ms.float32), *self.factors(lr, update), *tensors(parts[0]))
+        """Compiles what a call with such arguments begins with, and computes nothing."""
+        scale, factor, scalars = self.factors(lr, update)
+        if self.accumulate == 1:
+            self.whole.compile(Tensor([0.0], ms.float32), scale, factor, scalars, *tensors(parts[0]))
+        else:
+            self.part.compile(scale, *tensors(parts[0]))
         self.compiled = True
         give_back_memory()  # what the compiler left, before the step takes its own
 
@@ -316,9 +320,9 @@ class TrainStep:
         """
         scale, factor, scalars = self.factors(lr, update)
         with self.ranks.limit("in a training step"):
+            if not self.compiled:
+                self.compile(parts, lr, update)
             if self.accumulate == 1:
-                if not self.compiled:
-                    self.compile(parts, lr, update)
                 told = Tensor([float(stop)], ms.float32)
                 report, finite, norm = self.whole(told, scale, factor, scalars, *tensors(parts[0]))
             else:
