@@ -34,7 +34,7 @@ def test_where_nothing_is_installed():
     found = run("--json", site=False)
     assert (found.returncode, found.stderr) == (2, "")
     report = json.loads(found.stdout)
-    missing = [f"{name} is missing: {doctor.INSTALL}" for name in ("MindSpore", "numpy", "OpenCV", "mindcv")]
+    missing = [f"{package.name} is missing: {doctor.INSTALL}" for package in doctor.PACKAGES]
     assert [entry["problem"] for entry in report["packages"].values()] == missing
     assert report["devices"]["CPU"] == {"usable": False, "count": 1, "problems": [doctor.COMMON]}
     need = run("--need", "CPU", site=False)
