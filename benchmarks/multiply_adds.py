@@ -1,7 +1,7 @@
 """Counts the multiply-adds of a forward pass as it is really computed: every matrix product and convolution that runs.
 
 They are counted while the model runs in PyNative mode, where each operator is a Python call. Element-wise work, norms
-and softmax are not products and do not count; sums that are written as products with ones do, and are small.
+and softmax do not count, nor do sums and copies that are written as products with a vector.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from mindspore import Tensor, nn, ops
 
 
 def of_product(left: Tensor, out: Tensor, transposed: bool = False) -> int:
-    """[..., m, k] x [..., k, n]: k for each number of the result; `transposed`: the left one is [..., k, m]."""
-    return out.size * left.shape[-2 if transposed and left.ndim > 1 else -1]
+    """[..., m, k] x [..., k, n]: k for each number of the result; `transposed`: the left one is [..., k, m].
+
+    None where m, k or n is 1.
+    """
+    k = left.shape[-2 if transposed and left.ndim > 1 else -1]
+    return 0 if 1 in (k, *out.shape[-2:]) else out.size * k
 
 
 def of_convolution(weight: Tensor, out: Tensor) -> int:

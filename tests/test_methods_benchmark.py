@@ -67,9 +67,7 @@ def test_counts_by_formula(methods):
     counts = [multiply_adds.multiply_adds(model, methods.random_inputs(config, model, n)) for n in (1, 2)]
     D, N, V, hidden, pixels = 24, 50, 4, 39, 768
     block = N * D * 12 * D + 2 * N * N * D + N * N * D  # projections and MLP; scores and mixing; iRPE's scores
-    embed = 49 * pixels * D + 49 * D  # patches; the mask token, as a product with what is hidden
-    loss = hidden * pixels  # means, as products with ones
-    each = V * (block + embed + hidden * D * pixels + loss)
+    each = V * (block + 49 * pixels * D + hidden * D * pixels)
     assert counts == [each, 2 * each]
 
 

@@ -24,6 +24,7 @@ COMMON = {
     "batch_size": 8,
     "log_every": 5,
     "report_every": None,
+    "compile_cache": False,
     "data": {"workers": 1},
     "checkpoint": {"every_steps": 0},
 }

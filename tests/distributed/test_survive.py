@@ -23,6 +23,7 @@ RECIPE = {
     "batch_size": 4,
     "log_every": 5,
     "report_every": None,
+    "compile_cache": False,
     "optimizer": {"blr": 0.03, "warmup_epochs": 1},
     "checkpoint": {"every_steps": 5, "keep": 8},
     "model": {

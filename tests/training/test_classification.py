@@ -26,6 +26,7 @@ RECIPE = {
     "batch_size": 8,
     "log_every": 1,
     "report_every": None,
+    "compile_cache": False,
     "device": "CPU",
     "model": {"name": "vit_tiny_patch16_224", **VIT, "drop_path": 0.2},
     "classification": {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "eval_every": 0.5},

@@ -22,6 +22,7 @@ RECIPE = {
     "accumulate": 2,
     "log_every": 1,
     "report_every": None,
+    "compile_cache": False,
     "device": "CPU",
     "model": {
         "name": "localmim_swin_tiny_patch4_window7_224",

@@ -21,6 +21,7 @@ RECIPE = {
     "accumulate": 2,
     "log_every": 1,
     "report_every": None,
+    "compile_cache": False,
     "max_bad_steps": 2,
     "device": "CPU",
     "model": {

@@ -19,6 +19,7 @@ batch_size: 4
 accumulate: 2
 log_every: 2
 report_every: null
+compile_cache: false
 device: CPU
 model: {name: mae_vit_tiny_patch16_224, image_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2,
         decoder_dim: 16, decoder_depth: 1, decoder_heads: 2}

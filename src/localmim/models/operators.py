@@ -222,8 +222,8 @@ class SplitHeads(Operator):
         B, N = qkv.shape[0], qkv.shape[1]
         if self.fused:
             q, k, v = ops.split(qkv, nh * hd, 2)
-            q = q[:, skip:] if skip else q
-            q, k, v = (x.reshape(B, -1, nh, hd).transpose(0, 2, 1, 3) for x in (q, k, v))
+            q = (q[:, skip:] if skip else q).reshape(B, N - skip, nh, hd).transpose(0, 2, 1, 3)
+            k, v = (x.reshape(B, N, nh, hd).transpose(0, 2, 1, 3) for x in (k, v))
             return q, k, v
         q, k, v = self.gather(qkv.reshape(-1, hd), *_rows_of_heads(B, N, nh, skip))
         return q.reshape(B, nh, N - skip, hd), k.reshape(B, nh, N, hd), v.reshape(B, nh, N, hd)
