@@ -8,7 +8,7 @@ import pytest
 from mindspore import nn, ops
 
 import plain
-from localmim.models.layers import Attention, Mlp, is_slow_width
+from localmim.models.layers import Attention, Mlp, TakeTokens, is_slow_width
 from localmim.models.operators import (
     AddBias,
     AddToRows,
@@ -17,7 +17,6 @@ from localmim.models.operators import (
     Operator,
     Softmax,
     SplitHeads,
-    TakeTokens,
     Transpose,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from mindspore.train import mind_ir_pb2
 
 from localmim.config import Config
 from localmim.models.layers import Linear
+from localmim.training import compile_cache
 from localmim.training.compile_cache import environment, graph_key, intact, sealed, take, usable
 from localmim.training.layout import Layout
 from localmim.training.optimizer import AdamW
@@ -80,6 +82,20 @@ def test_the_key_follows_the_sources(tmp_path, monkeypatch):
     first = key(model)
     outside.write_text(outside.read_text().replace("1", "2"))
     assert len({before, after, first, key(model)}) == 4
+
+
+def test_a_key_that_cannot_be_made_costs_the_cache_alone(tmp_path, monkeypatch, caplog):
+    """A layer without a source file, as `exec` makes it: the step is called all the same, nothing is left."""
+    monkeypatch.setattr(compile_cache, "_used", False)
+    monkeypatch.setattr(logging.getLogger("localmim"), "propagate", True)
+    model, called = Model(), []
+    space = {"nn": nn, "__name__": "nowhere"}
+    exec("class Made(nn.Cell):\n    pass", space)
+    model.extra = space["Made"]()
+    with compile_cache.kept_step(tmp_path, Config(), step_of(model), [inputs()], 1e-3, 1):
+        called.append(True)
+    assert called and "the step is compiled without a cache" in caplog.text
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_every_parameter_of_the_model_is_the_steps():

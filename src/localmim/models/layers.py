@@ -316,10 +316,20 @@ def patchify(images: Tensor, patch: tuple[int, int], transpose: Transpose) -> Te
 
 
 def take_rows(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows of each sample: x [B, N, D], ids [B, K] int32 -> [B, K, D]."""
+    """Rows of each sample: x [B, N, D], ids int32 [B, K], or [1, K] for all alike -> [B, K, D]."""
     B, N, D = x.shape
     offsets = Tensor(np.arange(B, dtype=np.int32).reshape(B, 1) * N)
     return ops.gather(x.reshape(B * N, D), ids + offsets, 0)
+
+
+class TakeTokens(Operator):
+    """The same tokens of every sample, in the order that they are asked for, some more than once."""
+
+    def construct(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [B, N, D], ids [...] int32 -> [B, K, D] for K ids."""
+        if self.fused:
+            return ops.gather(x, ids.reshape(-1), 1)
+        return take_rows(x, ids.reshape(1, -1))  # along axis 0: a CPU transposes the gradient along another twice
 
 
 def replace_tokens(x: Tensor, hidden: Tensor, token: Tensor) -> Tensor:

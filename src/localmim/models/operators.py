@@ -293,15 +293,3 @@ class _GatherAll(nn.Cell):
 
     def bprop(self, rows, order, back, out, dout):
         return self.gather(dout, back, 0), ops.zeros_like(order), ops.zeros_like(back)
-
-
-class TakeTokens(Operator):
-    """The same tokens of every sample, in the order that they are asked for, some more than once."""
-
-    def construct(self, x: Tensor, ids: Tensor) -> Tensor:
-        """x [B, N, D], ids [...] int32 -> [B, K, D] for K ids."""
-        if self.fused:
-            return ops.gather(x, ids.reshape(-1), 1)
-        B, N, D = x.shape  # along axis 0: the gradient along another is transposed twice
-        starts = Tensor(np.arange(B, dtype=np.int32).reshape(B, 1) * N)
-        return ops.gather(x.reshape(B * N, D), ids.reshape(1, -1) + starts, 0)

@@ -24,13 +24,13 @@ from localmim.models.layers import (
     Linear,
     Mlp,
     PatchEmbed,
+    TakeTokens,
     drop_path,
     parameter,
     replace_tokens,
     to_pair,
     token_parameter,
 )
-from localmim.models.operators import TakeTokens
 from localmim.models.relative import window_bias
 from localmim.models.windows import whole_windows
 
